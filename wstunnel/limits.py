@@ -1,0 +1,87 @@
+"""Every limit: a name, a unit, a reason. Checked before anything is buffered."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# --- HTTP handshake -------------------------------------------------------------------------------------------------
+HEAD_BYTES = 16 * KIB
+"""Request or response head. nginx and HAProxy stop at 8 and 16 KiB; bearer tokens and cookies fit many times."""
+HEAD_FIELDS = 64
+"""Header fields in a head. Browsers behind two proxies send about 30."""
+HANDSHAKE_SECONDS = 10.0
+"""From accept (or dial) to the end of the upgrade, TLS included. A stranger can hold a connection no longer."""
+HANDSHAKES = 1024
+"""Connections that are not authenticated yet, at once. Beyond it the oldest is dropped, so strangers cannot lock users out."""
+REFUSAL_BODY_BYTES = 4 * KIB
+"""How much of a refusing response's body the client reads to show its first line."""
+
+# --- WebSocket and messages -----------------------------------------------------------------------------------------
+CONTROL_PAYLOAD_BYTES = 125
+"""RFC 6455 §5.5: all control frames MUST have a payload length of 125 bytes or less."""
+MESSAGE_BYTES = 16 * KIB
+"""A text message (control). The largest that we send is well under 1 KiB."""
+FRAME_BYTES = 256 * KIB
+"""Payload of a data frame that we send: one read of a local socket. Peers' frames may be any size, we never gather them."""
+CONTROL_QUEUE_BYTES = 64 * KIB
+"""Control messages waiting on a link. A peer that makes us queue more is not reading: the link is closed."""
+NUMBER_MAX = 2**53 - 1
+"""Largest number in a message: JavaScript's Number.MAX_SAFE_INTEGER."""
+
+# --- streams --------------------------------------------------------------------------------------------------------
+SCRATCH_BYTES = 256 * KIB
+"""The one read buffer of the process. 256 KiB reads were the best for bulk on loopback."""
+BLOCK_BYTES = 16 * KIB
+"""Replay and inbox bytes are kept in blocks of at least this: 2-byte frames otherwise cost 20-180 heap bytes a byte."""
+LINK_QUEUE_BYTES = 256 * KIB
+"""Bytes read from local sockets and not yet taken by the link; more pauses local reads."""
+WINDOW_FIRST = 256 * KIB
+"""First receive window: a round trip of 80 ms still carries 3 MB/s before the window grows."""
+WINDOW_FLOOR = 64 * KIB
+"""A window never shrinks below this, whatever the budgets say."""
+WINDOW_MAX = 16 * MIB
+"""1.6 Gbit/s at 80 ms."""
+SEND_MAX = 16 * MIB
+"""Most unacknowledged bytes that a sender holds for a stream, whatever it was granted."""
+PRINCIPAL_BYTES = 256 * MIB
+"""Bytes held (inboxes and replay buffers) for one principal."""
+PROCESS_BYTES = 512 * MIB
+"""Bytes held in the whole process."""
+PRINCIPAL_STREAMS = 16384
+"""Streams of one principal."""
+PRINCIPAL_LINKS = 16384
+"""Links of one principal."""
+PRINCIPAL_TOMBSTONES = 16384
+"""Finished and refused ids remembered for one principal."""
+TOMBSTONE_SECONDS = 300.0
+"""How long a finished id is remembered: the default resume window."""
+HALF_CLOSED_SECONDS = 3600.0
+"""A half-closed stream without a byte for this long is reset."""
+
+# --- time -----------------------------------------------------------------------------------------------------------
+DIAL_SECONDS = 10.0
+"""Dialling a target, name resolution included."""
+OPEN_WAIT_SECONDS = 10.0
+"""How long an accepted connection waits for a link before it is reset."""
+STOP_SECONDS = 3.0
+"""From SIGTERM to exit, whatever is open."""
+LINGER_SECONDS = 1.0
+"""After our Close or FIN: how long the other side's is awaited."""
+PING_AFTER_SECONDS = 15.0
+"""Silence on a link after which a `ping` goes out. Common proxies' idle timeouts start at 30 s."""
+PONG_WITHIN_SECONDS = 10.0
+"""An unanswered `ping` this old means that the link is dead."""
+SWEEP_SECONDS = 1.0
+"""Period of the sweep: late acks, silent links, stale tombstones."""
+TURN_SECONDS = 0.002
+"""Longest turn of the reactor before other Trio tasks run: a cold open took 36 ms beside 32 bulk streams without it."""
+
+# --- the client's pool ----------------------------------------------------------------------------------------------
+IDLE_LINKS = 12
+"""Warm links kept ready (`--idle-links`)."""
+DIALS_AT_ONCE = 8
+"""Handshakes in flight to the server: enough for 80 ms paths, no stampede."""
+BACKOFF_FIRST_SECONDS = 0.2
+BACKOFF_MAX_SECONDS = 15.0
+"""Re-dial delays double from the first to the last, each drawn between 0 and itself (full jitter)."""
