@@ -1,0 +1,101 @@
+"""Credit: how much a receiver lets its peer send, and the budgets that bound what is held in all.
+
+A window grows as TCP's receive buffer does: when a whole window was consumed within two minimum round trips, it was the
+window that held the sender back. What was granted is never taken away: limits only rise.
+"""
+
+from __future__ import annotations
+
+from wstunnel.limits import WINDOW_FIRST, WINDOW_FLOOR, WINDOW_MAX
+
+ROUND_TRIP_FLOOR = 0.002
+"""Seconds. On loopback a round trip is shorter than a turn of the event loop; below this, windows would never grow there."""
+
+
+class Budget:
+    """Bytes held for a principal, or by the process (the `parent`).
+
+    Args:
+        capacity: bytes.
+        parent: the budget that this one is part of.
+    """
+
+    __slots__ = ("capacity", "held", "parent")
+
+    def __init__(self, capacity: int, parent: Budget | None = None) -> None:
+        self.capacity = capacity
+        self.held = 0
+        self.parent = parent
+
+    def charge(self, size: int) -> None:
+        """`size` more bytes are held; negative gives back."""
+        self.held += size
+        if self.parent is not None:
+            self.parent.held += size
+
+    def level(self) -> float:
+        """The fuller of this budget and its parent: 0 empty, 1 full."""
+        own = self.held / self.capacity
+        return own if self.parent is None else max(own, self.parent.held / self.parent.capacity)
+
+    def room(self) -> int:
+        """Bytes until the first of the two is full, >= 0."""
+        own = self.capacity - self.held
+        if self.parent is not None:
+            own = min(own, self.parent.capacity - self.parent.held)
+        return max(own, 0)
+
+    def growing(self) -> bool:
+        """Windows may grow: under 50 %."""
+        return self.level() < 0.5
+
+    def admitting(self) -> bool:
+        """New streams may open: under 75 %."""
+        return self.level() < 0.75
+
+    def exhausted(self) -> bool:
+        """The stream that holds most has to go: 100 %."""
+        return self.level() >= 1
+
+
+class ReceiveWindow:
+    """What one direction's receiver granted.
+
+    Attributes:
+        size: bytes beyond `consumed` that the next grant allows.
+        limit: the absolute offset up to which the peer may send; never falls.
+        acked: `consumed` as last told to the peer.
+    """
+
+    __slots__ = ("_mark", "_mark_time", "acked", "limit", "size")
+
+    def __init__(self, size: int = WINDOW_FIRST) -> None:
+        self.size = size
+        self.limit = size
+        self.acked = 0
+        self._mark = 0
+        self._mark_time = 0.0
+
+    def due(self, consumed: int) -> bool:
+        """Whether an ack is worth a message: a quarter of the window last sent was consumed since."""
+        return 4 * (consumed - self.acked) >= self.limit - self.acked
+
+    def grant(self, consumed: int, now: float, round_trip: float, budget: Budget) -> int:
+        """The limit to send with an ack of `consumed`.
+
+        Args:
+            consumed: offset up to which the application took the bytes.
+            now: a monotonic time in seconds.
+            round_trip: the link's smallest, in seconds.
+            budget: what the stream's principal holds.
+        """
+        if consumed - self._mark >= self.size:
+            quick = now - self._mark_time <= 2 * max(round_trip, ROUND_TRIP_FLOOR)
+            if quick and budget.growing():
+                self.size = min(2 * self.size, WINDOW_MAX)
+            self._mark, self._mark_time = consumed, now
+        if self.size > WINDOW_FLOOR and not budget.admitting():
+            self.size = max(self.size // 2, WINDOW_FLOOR)
+        self.acked = consumed
+        self.limit = max(self.limit, consumed + self.size)
+        return self.limit

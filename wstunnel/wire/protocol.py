@@ -1,0 +1,347 @@
+"""One link's protocol: connection bytes in, events out; messages and stream data in, connection bytes out.
+
+A test can drive two of these with a list of bytes between them. `link.py` drives one with a socket:
+
+    for event in protocol.receive(data): ...     # payloads (bytes-like) and messages, already checked and applied
+    while buffers := protocol.pull(size, now): ...   # what to write next, in order; taking it commits to sending it
+
+Control messages overtake stream data that was not pulled yet; a frame that was pulled is finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from wstunnel.errors import ProtocolError
+from wstunnel.limits import CONTROL_QUEUE_BYTES, MESSAGE_BYTES
+from wstunnel.wire import messages
+from wstunnel.wire.credit import Budget
+from wstunnel.wire.directions import Inbound, Outbound
+from wstunnel.wire.frames import FrameDecoder, MaskKeys, Opcode, apply_mask, encode_close, encode_frame, encode_header, parse_close
+from wstunnel.wire.messages import Ack, AnyMessage, Bye, Eof, Hello, LinkRole, Message, Open, Opened, Ping, Pong, Reset, Welcome
+from wstunnel.wire.states import EXCHANGE, EXPECTED, Exchange, ExchangeEvent, Half
+
+Buffer = bytes | memoryview
+_COUNTED = (Opened, Ack, Eof, Reset)
+_BINARY = int(Opcode.BINARY)
+_TEXT = int(Opcode.TEXT)
+_SMALL = 4096  # bytes; below it one joined write is cheaper than a gathered one
+
+
+@dataclass(frozen=True, slots=True)
+class PeerClosed:
+    """Event: the peer's close frame. Nothing follows it."""
+
+    code: int
+    reason: str
+
+
+class StreamState:
+    """One tunnelled stream at one end, without its socket.
+
+    Args:
+        stream_id: 22 base64url characters.
+        egress: whether this end dials the target.
+        budget: what the stream's principal holds.
+
+    Attributes:
+        opened: the target was reached (at the ingress: and `opened` came).
+        ack_wanted: the sweep asks for an ack though little was consumed.
+        reset_wanted: the reset to send once all queued data is on the link.
+    """
+
+    __slots__ = ("ack_wanted", "egress", "id", "inbound", "opened", "outbound", "reset_wanted")
+
+    def __init__(self, stream_id: str, *, egress: bool, budget: Budget) -> None:
+        self.id = stream_id
+        self.egress = egress
+        self.outbound = Outbound(budget)
+        self.inbound = Inbound(budget)
+        self.opened = False
+        self.ack_wanted = False
+        self.reset_wanted: tuple[str, str] | None = None
+
+    def resettable(self) -> bool:
+        """Whether a reset may still be sent: not after one's own EOF and one's ack of the peer's."""
+        return self.outbound.state is Half.OPEN or self.inbound.state is not Half.DONE
+
+    def discard(self) -> None:
+        """Give back all memory: the stream was reset."""
+        self.outbound.discard()
+        self.inbound.discard()
+
+
+class LinkProtocol:
+    """The protocol of one link at one end.
+
+    Args:
+        side: `client` masks what it sends and opens on `forward` links; `server` the other way round.
+        keys: source of masking keys; needed by the client, None at the server.
+        role: what the link is for; at the server None until `hello` tells.
+
+    Attributes:
+        state: see `wire/states.py`.
+        n: count of exchanges on this link.
+        stream: the stream that the link carries now.
+        greeted: the peer's hello or welcome came.
+    """
+
+    __slots__ = (
+        "_control", "_control_bytes", "_decoder", "_keys", "_pong", "_pong_number", "_text",
+        "close_received", "close_sent", "greeted", "n", "role", "side", "state", "stream",
+    )  # fmt: skip
+
+    def __init__(self, side: Literal["client", "server"], *, keys: MaskKeys | None = None, role: LinkRole | None = None) -> None:
+        self.side = side
+        self.role = role
+        self.state = Exchange.NEW
+        self.n = 0
+        self.stream: StreamState | None = None
+        self.greeted = False
+        self.close_sent = False
+        self.close_received = False
+        self._keys = keys
+        self._decoder = FrameDecoder(masked=side == "server")
+        self._text: bytearray | None = None
+        self._control: list[Buffer] = []
+        self._control_bytes = 0
+        self._pong: bytes | None = None
+        self._pong_number: int | None = None
+
+    # --- in -----------------------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes | memoryview) -> Iterator[Buffer | AnyMessage | PeerClosed]:
+        """Decode what came from the connection.
+
+        Yields, in order: stream data (a payload, valid until the next step of the iteration: the caller passes it on or
+        stores it, see `Inbound`); messages, already checked and applied; `PeerClosed`. RFC 6455 pings are answered
+        inside. While the stream is being reset its data is dropped here.
+
+        Raises:
+            ProtocolError: the peer broke a rule. Events before it were yielded. The caller closes with its code.
+        """
+        for opcode, payload, last in self._decoder.feed(data):
+            if self.close_sent and opcode != Opcode.CLOSE:
+                continue  # §5.5.1: what was under way when we closed
+            if opcode == _BINARY:
+                state = self.state
+                if state is Exchange.BUSY:
+                    stream = self.stream
+                    if not stream.opened and not stream.egress:  # type: ignore[union-attr]  # BUSY has a stream
+                        raise ProtocolError("data before opened")
+                    if payload:
+                        stream.inbound.arrived(len(payload))  # type: ignore[union-attr]
+                        yield payload
+                elif state is not Exchange.RESETTING:
+                    raise ProtocolError(f"data while {state.value}")
+            elif opcode == _TEXT:
+                message = self._gather(payload, last)
+                if message is not None and self._apply(message):
+                    yield message
+            elif opcode == Opcode.PING:
+                # §5.5.3: a second ping before the first was answered: only the most recent one need be.
+                self._pong = bytes(payload)
+            elif opcode == Opcode.CLOSE:
+                code, reason = parse_close(bytes(payload))
+                self.close_received = True
+                if not self.close_sent:
+                    self.close(1000 if code == 1005 else code)
+                yield PeerClosed(code, reason)
+
+    def _gather(self, payload: Buffer, last: bool) -> AnyMessage | None:
+        """Put a text message together; None until it is whole."""
+        if self._text is None:
+            if last:
+                return messages.decode(bytes(payload))
+            self._text = bytearray()
+        if len(self._text) + len(payload) > MESSAGE_BYTES:
+            raise ProtocolError(f"control message of more than {MESSAGE_BYTES} bytes", 1009)
+        self._text += payload
+        if not last:
+            return None
+        text, self._text = bytes(self._text), None
+        return messages.decode(text)
+
+    def _apply(self, message: AnyMessage) -> bool:
+        """Check a message against the state and apply it; False if it is to be ignored."""
+        kind = type(message)
+        name = kind.__name__.lower()
+        if not self.greeted:
+            self._greet(message)
+            return True
+        if isinstance(message, _COUNTED):
+            if message.n < self.n:
+                return False
+            if message.n > self.n:
+                raise ProtocolError(f"{name} for exchange {message.n}, the link is at {self.n}")
+        if kind not in EXPECTED[self.state]:
+            raise ProtocolError(f"{name} while {self.state.value}")
+        if isinstance(message, Open):
+            self._accept(message)
+        elif isinstance(message, Ping):
+            self._pong_number = message.number
+        elif isinstance(message, Reset):
+            if self.state is Exchange.BUSY:
+                self.send(Reset(n=self.n, code=message.code))
+            self._move(ExchangeEvent.RESET_RECEIVED)
+        elif isinstance(message, Bye):
+            if self.side == "client" or self.role != "control":
+                raise ProtocolError("bye not from a client on its control link")
+        elif self.state is Exchange.RESETTING:
+            return isinstance(message, Pong)
+        elif isinstance(message, Opened | Ack | Eof):
+            self._advance(message)
+        return True
+
+    def _greet(self, message: AnyMessage) -> None:
+        if not isinstance(message, Hello if self.side == "server" else Welcome):
+            raise ProtocolError(f"{type(message).__name__.lower()} before the greeting")
+        if isinstance(message, Hello):
+            self.role = message.role
+        self.greeted = True
+        self._move(ExchangeEvent.GREETED)
+
+    def _accept(self, message: Open) -> None:
+        # Only the client opens on `forward` links, only the server on `reverse` links.
+        if self.role != ("forward" if self.side == "server" else "reverse"):
+            raise ProtocolError(f"open from the wrong side of a {self.role} link")
+        if message.n != self.n + 1:
+            raise ProtocolError(f"open counts {message.n}, expected {self.n + 1}")
+        self.n = message.n
+        self._move(ExchangeEvent.OPEN)
+
+    def _advance(self, message: Opened | Ack | Eof) -> None:
+        stream = self.stream
+        assert stream is not None
+        if isinstance(message, Ack):
+            stream.outbound.acknowledge(message.consumed, message.limit)
+            self._settle()
+        elif isinstance(message, Opened):
+            if stream.egress or stream.opened:
+                raise ProtocolError("second opened" if stream.opened else "opened from the ingress")
+            stream.opened = True
+        else:
+            if not stream.opened and not stream.egress:
+                raise ProtocolError("eof before opened")
+            stream.inbound.ended(message.total)
+
+    # --- out ----------------------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """Queue a control message. It overtakes stream data. After a close frame it is dropped.
+
+        Raises:
+            ProtocolError: the peer does not read and too much is queued (close code 1008).
+        """
+        if self.close_sent:
+            return
+        payload = messages.encode(message)
+        if self._control_bytes + len(payload) > CONTROL_QUEUE_BYTES:
+            raise ProtocolError("too many control messages queued: the peer does not read", 1008)
+        self._control_bytes += len(payload)
+        self._control.append(self._frame(Opcode.TEXT, payload))
+
+    def open(self, stream: StreamState, *, target: str = "", forward: str = "", peer: str = "") -> None:
+        """Start an exchange: the link must be idle (or new, at the client) and this side the one that opens on it."""
+        self.n += 1
+        self.stream = stream
+        self._move(ExchangeEvent.OPEN)
+        self.send(Open(n=self.n, stream=stream.id, target=target, forward=forward, peer=peer))
+
+    def accept(self, stream: StreamState) -> None:
+        """The exchange that the peer's `open` began is about `stream`; must follow that event at once."""
+        self.stream = stream
+
+    def opened(self, address: str) -> None:
+        """Egress: the target was reached."""
+        assert self.stream is not None
+        self.stream.opened = True
+        self.send(Opened(n=self.n, address=address))
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Queue a close frame behind the control messages; nothing is sent after it and no data is yielded any more."""
+        if self.close_sent:
+            return
+        self.close_sent = True
+        self._control.append(encode_close(code, reason, key=self._key()))
+        self._move(ExchangeEvent.CLOSED)
+
+    def websocket_ping(self) -> None:
+        """Queue a ping frame of RFC 6455: it keeps proxies awake that do not count text messages."""
+        if not self.close_sent:
+            self._control.append(self._frame(Opcode.PING, b""))
+
+    def pull(self, size: int, now: float, round_trip: float) -> list[Buffer]:
+        """What goes onto the connection next: the control messages, at most one data frame, and what follows it.
+
+        Args:
+            size: most payload bytes in the data frame.
+            now: monotonic time in seconds, for the credit.
+            round_trip: the link's smallest, in seconds.
+
+        Returns:
+            buffers to be written in order and whole; empty when there is nothing to send. Views in it die with the
+            next append to the stream.
+        """
+        out: list[Buffer] = self._control
+        if self._pong is not None and not self.close_sent:
+            out.append(self._frame(Opcode.PONG, self._pong))
+            self._pong = None
+        if self._pong_number is not None and not self.close_sent:
+            out.append(self._frame(Opcode.TEXT, messages.encode(Pong(number=self._pong_number))))
+            self._pong_number = None
+        stream = self.stream
+        if stream is not None and self.state is Exchange.BUSY:
+            inbound = stream.inbound
+            # Silence after the end: nothing is acked beyond the ack of the peer's EOF.
+            if (stream.ack_wanted and inbound.state is not Half.DONE) or inbound.ack_due():
+                stream.ack_wanted = False
+                consumed, limit = inbound.grant(now, round_trip)
+                out.append(self._frame(Opcode.TEXT, messages.encode(Ack(n=self.n, consumed=consumed, limit=limit))))
+            outbound = stream.outbound
+            view = outbound.take(size)
+            if view is not None:
+                self._data(out, view)
+            if outbound.eof_due():
+                total = outbound.eof_sent()
+                out.append(self._frame(Opcode.TEXT, messages.encode(Eof(n=self.n, total=total))))
+            if stream.reset_wanted is not None and not outbound.queued():
+                code, reason = stream.reset_wanted
+                out.append(self._frame(Opcode.TEXT, messages.encode(Reset(n=self.n, code=code, message=reason))))
+                self._move(ExchangeEvent.RESET_SENT)
+            else:
+                self._settle()
+        if out:
+            self._control = []
+            self._control_bytes = 0
+        return out
+
+    def _data(self, out: list[Buffer], view: memoryview) -> None:
+        """One binary frame. RFC 6455 §5.3: every client frame has a fresh, unpredictable key."""
+        key = self._key()
+        header = encode_header(_BINARY, len(view), key=key)
+        payload: Buffer = view if key is None else apply_mask(view, key)
+        if len(payload) < _SMALL:
+            out.append(header + payload)
+        else:
+            out.append(header)
+            out.append(payload)
+
+    def _key(self) -> bytes | None:
+        return None if self._keys is None else self._keys.next()
+
+    def _frame(self, opcode: Opcode, payload: bytes) -> bytes:
+        return encode_frame(opcode, payload, key=self._key())
+
+    def _settle(self) -> None:
+        """Both directions done: the link may be used again."""
+        stream = self.stream
+        if stream is not None and stream.outbound.state is Half.DONE and stream.inbound.state is Half.DONE:
+            self._move(ExchangeEvent.FINISHED)
+
+    def _move(self, event: ExchangeEvent) -> None:
+        self.state = EXCHANGE[self.state, event]
+        if self.state in (Exchange.IDLE, Exchange.CLOSED):
+            self.stream = None
