@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wstunnel.errors import ProtocolError
-from wstunnel.limits import CONTROL_QUEUE_BYTES, MESSAGE_BYTES
+from wstunnel.limits import CONTROL_QUEUE_BYTES, MESSAGE_BYTES, WINDOW_FIRST
 from wstunnel.wire import messages
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.directions import Inbound, Outbound
@@ -45,6 +45,7 @@ class StreamState:
         stream_id: 22 base64url characters.
         egress: whether this end dials the target.
         budget: what the stream's principal holds.
+        window: the first window of both directions, in bytes; both ends of the protocol count on the default.
 
     Attributes:
         opened: the target was reached (at the ingress: and `opened` came).
@@ -54,11 +55,11 @@ class StreamState:
 
     __slots__ = ("ack_wanted", "egress", "id", "inbound", "opened", "outbound", "reset_wanted")
 
-    def __init__(self, stream_id: str, *, egress: bool, budget: Budget) -> None:
+    def __init__(self, stream_id: str, *, egress: bool, budget: Budget, window: int = WINDOW_FIRST) -> None:
         self.id = stream_id
         self.egress = egress
-        self.outbound = Outbound(budget)
-        self.inbound = Inbound(budget)
+        self.outbound = Outbound(budget, window)
+        self.inbound = Inbound(budget, window)
         self.opened = False
         self.ack_wanted = False
         self.reset_wanted: tuple[str, str] | None = None
@@ -304,14 +305,15 @@ class LinkProtocol:
             view = outbound.take(size)
             if view is not None:
                 self._data(out, view)
-            if outbound.eof_due():
-                total = outbound.eof_sent()
-                out.append(self._frame(Opcode.TEXT, messages.encode(Eof(n=self.n, total=total))))
-            if stream.reset_wanted is not None and not outbound.queued():
+            # The ack above may have been the last thing that this end may send.
+            if stream.reset_wanted is not None and not outbound.queued() and stream.resettable():
                 code, reason = stream.reset_wanted
                 out.append(self._frame(Opcode.TEXT, messages.encode(Reset(n=self.n, code=code, message=reason))))
                 self._move(ExchangeEvent.RESET_SENT)
             else:
+                if outbound.eof_due():
+                    total = outbound.eof_sent()
+                    out.append(self._frame(Opcode.TEXT, messages.encode(Eof(n=self.n, total=total))))
                 self._settle()
         if out:
             self._control = []

@@ -1,0 +1,177 @@
+"""Sockets and a reactor without a system underneath: every byte moves when a test says so."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from wstunnel.reactor import READ, WRITE, Handler
+
+
+class Pipe:
+    """One direction between two memory sockets."""
+
+    def __init__(self) -> None:
+        self.sent = bytearray()  # written, on its way
+        self.arrived = bytearray()  # may be read
+        self.ended = False  # the writer sent FIN
+        self.end_arrived = False
+        self.room: int | None = None  # bytes that the writer may still send; None: any number
+
+    def move(self, size: int) -> None:
+        """Let up to `size` bytes arrive, and the end behind the last one."""
+        self.arrived += self.sent[:size]
+        del self.sent[:size]
+        if self.ended and not self.sent:
+            self.end_arrived = True
+
+
+class MemorySocket:
+    """One end of a connection; non-blocking. What was closed with a reset makes the other end fail."""
+
+    family = socket.AF_UNIX
+    _number = 1000
+
+    def __init__(self, incoming: Pipe, outgoing: Pipe) -> None:
+        MemorySocket._number += 1
+        self._fd = MemorySocket._number
+        self.incoming = incoming
+        self.outgoing = outgoing
+        self.closed = False
+        self.linger_reset = False
+        self.reset_by_peer = False
+        self.peer: MemorySocket
+
+    @classmethod
+    def pair(cls) -> tuple[MemorySocket, MemorySocket]:
+        first, second = Pipe(), Pipe()
+        left, right = cls(first, second), cls(second, first)
+        left.peer, right.peer = right, left
+        return left, right
+
+    def fileno(self) -> int:
+        return -1 if self.closed else self._fd
+
+    def setblocking(self, _blocking: bool) -> None:
+        pass
+
+    def setsockopt(self, level: int, option: int, value: Any) -> None:
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
+            self.linger_reset = True
+
+    def getsockopt(self, _level: int, _option: int) -> int:
+        return errno.ECONNRESET if self.reset_by_peer else 0
+
+    def recv_into(self, buffer: memoryview, size: int = 0) -> int:
+        assert not self.closed
+        arrived = self.incoming.arrived
+        if arrived:
+            count = min(len(arrived), size or len(buffer), len(buffer))
+            buffer[:count] = arrived[:count]
+            del arrived[:count]
+            return count
+        if self.reset_by_peer:
+            raise ConnectionResetError(errno.ECONNRESET, "reset")
+        if self.incoming.end_arrived:
+            return 0
+        raise BlockingIOError(errno.EAGAIN, "again")
+
+    def send(self, data: bytes | memoryview) -> int:
+        assert not self.closed
+        if self.reset_by_peer:
+            raise ConnectionResetError(errno.ECONNRESET, "reset")
+        assert not self.outgoing.ended
+        count = len(data)
+        if self.outgoing.room is not None:
+            count = min(count, self.outgoing.room)
+            if not count:
+                raise BlockingIOError(errno.EAGAIN, "again")
+            self.outgoing.room -= count
+        self.outgoing.sent += data[:count]
+        return count
+
+    def sendmsg(self, buffers: list[bytes | memoryview]) -> int:
+        return self.send(b"".join(buffers))
+
+    def shutdown(self, _how: int) -> None:
+        if self.reset_by_peer:
+            raise OSError(errno.ENOTCONN, "not connected")
+        self.outgoing.ended = True
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self.outgoing.ended = True
+        if self.linger_reset or self.incoming.arrived or self.incoming.sent:
+            self.peer.reset_by_peer = True
+
+    def readable(self) -> bool:
+        return bool(self.incoming.arrived) or self.incoming.end_arrived or self.reset_by_peer
+
+    def writable(self) -> bool:
+        return self.outgoing.room is None or self.outgoing.room > 0 or self.reset_by_peer
+
+
+class MemoryReactor:
+    """The reactor's interface; `turn` calls one handler when the test wants it."""
+
+    def __init__(self) -> None:
+        self.scratch = memoryview(bytearray(4096))
+        self.now = 0.0
+        self.handlers: dict[Handler, None] = {}
+        self._again: dict[Handler, None] = {}
+        self._later: list[Callable[[], None]] = []
+
+    def adopt(self, handler: Handler, sock: Any, mask: int = READ) -> None:
+        handler.sock, handler.fd, handler.mask, handler.reactor = sock, sock.fileno(), mask, self  # type: ignore[assignment]
+        self.handlers[handler] = None
+        self._again[handler] = None
+
+    def want(self, handler: Handler, mask: int) -> None:
+        if handler.sock is not None:
+            handler.mask = mask
+
+    def again(self, handler: Handler) -> None:
+        self._again[handler] = None
+
+    def later(self, function: Callable[[], None]) -> None:
+        self._later.append(function)
+
+    def drop(self, handler: Handler) -> None:
+        sock, handler.sock, handler.fd, handler.mask = handler.sock, None, -1, 0
+        self.handlers.pop(handler, None)
+        self._again.pop(handler, None)
+        if sock is not None:
+            sock.close()
+
+    def ready(self) -> list[Handler]:
+        """Handlers for whom something can be done."""
+        return [handler for handler in self.handlers if self._events(handler)]
+
+    def _events(self, handler: Handler) -> int:
+        sock: Any = handler.sock
+        events = 0
+        if handler.mask & READ and (sock.readable() or handler in self._again):
+            events |= READ
+        if handler.mask & WRITE and sock.writable():
+            events |= WRITE
+        if not handler.mask and sock.reset_by_peer:
+            events |= 8
+        return events
+
+    def turn(self, handler: Handler) -> None:
+        """Call what the handler's events ask for, as the reactor does."""
+        events = self._events(handler)
+        self._again.pop(handler, None)
+        if events & 8:
+            handler.on_hangup()
+        if events & READ and handler.mask & READ:
+            handler.on_readable()
+        if events & WRITE and handler.mask & WRITE:
+            handler.on_writable()
+        functions, self._later = self._later, []
+        for function in functions:
+            function()

@@ -1,0 +1,338 @@
+"""The client's role: keep links to the server, accept applications' connections, open a stream for each."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import secrets
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import trio
+
+from wstunnel import descriptors, limits, logs, systemd, tls
+from wstunnel.config import ClientConfig
+from wstunnel.dialler import AGENT, Dialler
+from wstunnel.endpoints import tcp
+from wstunnel.errors import LocalError, NetworkError, ProtocolError, ServerRefusedError, TrustError
+from wstunnel.forwards import Forward
+from wstunnel.link import Link
+from wstunnel.pool import SURPLUS_SECONDS, Backoff, Demand, links_to_dial
+from wstunnel.reactor import Reactor, make_reactor
+from wstunnel.session import Principal, Session
+from wstunnel.wire.credit import Budget
+from wstunnel.wire.frames import MaskKeys
+from wstunnel.wire.messages import FEATURES, VERSION, AnyMessage, Bye, Hello, LinkRole, Welcome
+from wstunnel.wire.protocol import LinkProtocol
+from wstunnel.wire.states import Exchange
+
+_log = logs.logger("client")
+
+_random = random.SystemRandom()
+YOUNG_SECONDS = 1.0
+"""A link that the server closes this soon counts as a failed dial: dialling again at once would be a storm."""
+
+
+class _Waiting(NamedTuple):
+    """An application's connection without a link."""
+
+    sock: socket.socket
+    forward: Forward
+    peer: str
+    deadline: float
+
+
+class ClientSession(Session):
+    """All links to the server and all streams over them.
+
+    Args:
+        dialler: makes connections.
+        reactor: running, or about to.
+        idle_links: warm links to keep.
+        random_float: in [0, 1), for the back-off.
+
+    Attributes:
+        gone: set when the last link is gone after `stop`.
+    """
+
+    def __init__(
+        self, dialler: Dialler, reactor: Reactor, *, idle_links: int, random_float: Callable[[], float] = _random.random
+    ) -> None:
+        super().__init__(secrets.token_urlsafe(16), Principal("local", Budget(limits.PROCESS_BYTES)), reactor, _log)
+        self._dialler = dialler
+        self._demand = Demand(idle_links)
+        self._least = idle_links
+        self._idle: list[Link] = []
+        self._waiting: deque[_Waiting] = deque()
+        self._control: Link | None = None
+        self._dialling = 0
+        self._backoff = Backoff(random_float)
+        self._retry_at = -math.inf
+        self._away = False
+        self._welcomed = False
+        self._stopping = False
+        self._refusal: ServerRefusedError | None = None
+        self.gone = trio.Event()
+        self._changed = trio.Event()
+        self._keys = MaskKeys(secrets.token_bytes)
+
+    # --- links --------------------------------------------------------------------------------------------------------
+
+    async def keep_links(self) -> None:
+        """Dial as the pool asks, for ever.
+
+        Raises:
+            ServerRefusedError: the server said no.
+            TrustError: it could not prove who it is, and never had before.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._expire_waiting)
+            while True:
+                if self._refusal is not None:
+                    raise self._refusal
+                self._changed = trio.Event()
+                if self._away and not any(not link.protocol.greeted for link in self.links):
+                    # One dial at a time finds out when the server is back; its `welcome` ends the absence.
+                    await trio.sleep_until(self._retry_at)
+                    await self._dial_link(self._next_role())
+                    continue
+                if not self._away:
+                    for _ in range(self._missing()):
+                        self._dialling += 1
+                        nursery.start_soon(self._dial_counted, self._next_role())
+                await self._changed.wait()
+
+    def _missing(self) -> int:
+        return links_to_dial(
+            wanted=self._demand.wanted() + (self._control is None),
+            idle=len(self._idle),
+            waiting=len(self._waiting),
+            dialling=self._dialling,
+            total=len(self.links),
+        )
+
+    def _next_role(self) -> LinkRole:
+        return "control" if self._control is None and self._dialling <= 1 else "forward"
+
+    async def _dial_counted(self, role: LinkRole) -> None:
+        try:
+            await self._dial_link(role)
+        finally:
+            self._dialling -= 1
+            self._changed.set()
+
+    async def _dial_link(self, role: LinkRole) -> None:
+        try:
+            sock, leftover = await self._dialler.dial()
+        except TrustError as error:
+            if not self._welcomed:
+                raise
+            self._failed(error)  # a captive portal, perhaps; the next network will be another
+        except NetworkError as error:
+            self._failed(error)
+        else:
+            self._add_link(sock, leftover, role)
+
+    def _add_link(self, sock: socket.socket, leftover: bytes, role: LinkRole) -> None:
+        if role == "control" and self._control is not None:
+            role = "forward"
+        protocol = LinkProtocol("client", keys=self._keys, role=role)
+        link = Link(protocol, self, peer=self._dialler.url.authority, now=self.reactor.now)
+        self.adopt_link(link)
+        protocol.send(Hello(version=VERSION, session=self.id, role=role, agent=AGENT, features=list(FEATURES)))
+        if role == "control":
+            self._control = link
+        elif not leftover:
+            self._use(link)  # hello, open and early data go out in one write
+        link.start(self.reactor, sock, leftover)
+        if leftover and role == "forward" and link.sock is not None:
+            self._use(link)
+
+    def _use(self, link: Link) -> None:
+        """Give an idle link to whoever waits for one."""
+        if self._waiting:
+            waiting = self._waiting.popleft()
+            self._open(link, waiting.sock, waiting.forward, waiting.peer)
+        else:
+            self._idle.append(link)
+
+    def message(self, link: Link, message: AnyMessage) -> None:
+        if not isinstance(message, Welcome):
+            super().message(link, message)
+            return
+        if message.version != VERSION:
+            self._refusal = ServerRefusedError(
+                f"the server speaks version {message.version} of the tunnel protocol, this client {VERSION}: update the older one"
+            )
+            self._changed.set()
+            raise ProtocolError("version")
+        link.measure(link.created)
+        if message.idle_links:
+            self._demand.least = min(self._least, message.idle_links)
+        self._backoff.succeeded()
+        if self._away or not self._welcomed:
+            _log.info("connected again" if self._welcomed else "connected", server=str(self._dialler.url))
+            systemd.notify(f"STATUS=connected to {self._dialler.url.authority}", environ=os.environ)
+        self._away = False
+        self._welcomed = True
+        self._changed.set()
+
+    def idle(self, link: Link) -> None:
+        if link.protocol.role == "forward" and not self._stopping:
+            self._use(link)
+
+    def lost(self, link: Link, reason: str) -> None:
+        super().lost(link, reason)
+        if link is self._control:
+            self._control = None
+        if link in self._idle:
+            self._idle.remove(link)
+        if not self._stopping and (not link.protocol.greeted or self.reactor.now - link.created < YOUNG_SECONDS):
+            self._failed(NetworkError("tunnel", reason))
+        if self._stopping and not self.links:
+            self.gone.set()
+        self._changed.set()
+
+    def _failed(self, error: NetworkError) -> None:
+        """A dial failed. Many that fail together cost one step of the back-off."""
+        now = trio.current_time()
+        if now < self._retry_at:
+            return
+        self._retry_at = now + self._backoff.failed()
+        if not self._away:
+            self._away = True
+            _log.warning(
+                "lost the server, trying again" if self._welcomed else "cannot reach the server, trying again",
+                layer=error.layer, reason=str(error),
+            )  # fmt: skip
+            systemd.notify(f"STATUS=the server is away: {error}", environ=os.environ)
+        self._changed.set()
+
+    # --- applications' connections ------------------------------------------------------------------------------------
+
+    def accepted(self, sock: socket.socket, forward: Forward) -> None:
+        """Carry a connection to the forward's target. Takes the socket over."""
+        peer = tcp.peer_name(sock)
+        if not self.principal.budget.admitting() or len(self.streams) + len(self._waiting) >= limits.PRINCIPAL_STREAMS:
+            _log.warning("connection reset: too many streams or too much memory held", peer=peer, target=str(forward.target))
+            tcp.reset(sock)
+        elif self._idle:
+            self._open(self._idle.pop(), sock, forward, peer)
+        else:
+            self._waiting.append(_Waiting(sock, forward, peer, trio.current_time() + limits.OPEN_WAIT_SECONDS))
+            self._changed.set()
+
+    def _open(self, link: Link, sock: socket.socket, forward: Forward, peer: str) -> None:
+        target = str(forward.target)
+        stream = self.make_stream(secrets.token_urlsafe(16), egress=False, target=target, peer=peer)
+        stream.link = link
+        link.attach(stream)
+        link.open(stream.state, target=target, peer=peer)
+        stream.start(self.reactor, sock)
+        link.flush()
+        self._demand.opened()
+        self._changed.set()
+
+    async def _expire_waiting(self) -> None:
+        """Reset connections that no link came for."""
+        while True:
+            if not self._waiting:
+                await trio.sleep(limits.SWEEP_SECONDS)
+                continue
+            await trio.sleep_until(self._waiting[0].deadline)
+            now = trio.current_time()
+            while self._waiting and self._waiting[0].deadline <= now:
+                waiting = self._waiting.popleft()
+                _log.warning(
+                    "connection reset: no link to the server in time", peer=waiting.peer, target=str(waiting.forward.target)
+                )
+                tcp.reset(waiting.sock)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def sweep(self, now: float) -> None:
+        super().sweep(now)
+        self._demand.second()
+        surplus = len(self._idle) - self._demand.wanted()
+        # The stack's bottom was idle longest.
+        for link in self._idle[: max(surplus, 0)]:
+            if now - link.idle_since > SURPLUS_SECONDS:
+                self._idle.remove(link)
+                link.close(1000, "surplus")
+        self._changed.set()
+
+    def stop(self) -> None:
+        """Say goodbye and close everything."""
+        self._stopping = True
+        if self._control is not None and self._control.protocol.state is Exchange.IDLE:
+            self._control.send(Bye())
+        self._idle.clear()
+        while self._waiting:
+            tcp.reset(self._waiting.popleft().sock)
+        self.close(1000, "the client is stopping")
+
+
+def _bind(config: ClientConfig) -> list[tuple[socket.socket, Forward]]:
+    """Listen for every forward. One that cannot be bound is reported, and ends it all only if asked, or if none could."""
+    listening: list[tuple[socket.socket, Forward]] = []
+    for forward in config.local_forwards:
+        try:
+            for sock in tcp.bind_all(forward.addresses, forward.port):
+                tcp.activate(sock)
+                listening.append((sock, forward))
+                _log.announce(f"listening {tcp.local_name(sock)} -> {forward.target}")
+        except LocalError as error:
+            if config.exit_on_forward_failure or len(config.local_forwards) == 1:
+                raise
+            _log.error(str(error), forward=str(forward))
+    if not listening:
+        raise LocalError("none of the forwards could be set up")
+    return listening
+
+
+async def run(
+    config: ClientConfig, *, shutdown: trio.Event, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The client, until `shutdown` is set; then it closes everything within LINGER_SECONDS and returns.
+
+    Args:
+        config: what to do.
+        shutdown: set by the caller to end it in good order; cancelling ends it at once.
+        task_status: started with the local addresses once all forwards listen.
+
+    Raises:
+        LocalError: a forward could not be set up (see `exit_on_forward_failure`), or a file could not be read.
+        ServerRefusedError: the server refused the credentials, or speaks another version.
+        TrustError: the server could not prove who it is.
+    """
+    pins = config.pins or config.url.pins
+    context = tls.client_context(config.ca, pins) if config.url.scheme == "wss" else None
+    dialler = Dialler(config.url, context, pins=pins, headers=config.headers)
+    descriptors.raise_limit()
+    listening = _bind(config)
+    reactor = make_reactor()
+    session = ClientSession(dialler, reactor, idle_links=config.idle_links)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(reactor.run)
+        for sock, forward in listening:
+            nursery.start_soon(tcp.accept_forever, sock, lambda sock, forward=forward: session.accepted(sock, forward))
+        nursery.start_soon(session.keep_links)
+        nursery.start_soon(_sweep, session)
+        systemd.notify("READY=1", f"STATUS=connecting to {config.url.authority}", environ=os.environ)
+        task_status.started([tcp.local_name(sock) for sock, _ in listening])
+        await shutdown.wait()
+        systemd.notify("STOPPING=1", environ=os.environ)
+        nursery.cancel_scope.deadline = trio.current_time() + 2 * limits.LINGER_SECONDS
+        session.stop()
+        if session.links:
+            await session.gone.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _sweep(session: ClientSession) -> None:
+    while True:
+        await trio.sleep(limits.SWEEP_SECONDS)
+        session.sweep(session.reactor.now)

@@ -1,0 +1,172 @@
+"""TCP listeners: bind, accept for ever."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+
+import trio
+
+from wstunnel import logs
+from wstunnel.errors import LocalError
+from wstunnel.stream import LINGER_RESET
+from wstunnel.targets import join_host_port
+
+_log = logs.logger("tcp")
+
+BACKLOG = 1024
+"""Connections that the kernel completes before we accept them."""
+BATCH = 64
+"""Accepts before other tasks run."""
+RETRY_SECONDS = 0.1
+_RETRY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def bind(address: str, port: int) -> socket.socket:
+    """Bind a non-blocking socket. It listens once `activate` was called.
+
+    Args:
+        address: an IP address without brackets; `::` binds IPv6 only.
+        port: 0 picks one.
+
+    Returns:
+        the bound socket, which the caller closes.
+
+    Raises:
+        LocalError: in use, not permitted, or not an address of this machine.
+        OSError: EAFNOSUPPORT when the machine has no IPv6 (or IPv4).
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+    except OSError as error:
+        sock.close()
+        where = join_host_port(address, port)
+        if error.errno == errno.EAFNOSUPPORT:
+            raise
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(where) from error
+        if error.errno == errno.EACCES:
+            raise LocalError(
+                f"cannot listen on {where}: no permission for ports below 1024; run as root, with the capability"
+                " CAP_NET_BIND_SERVICE (the systemd unit does), or choose another port"
+            ) from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise LocalError(f"cannot listen on {where}: this machine has no such address") from error
+        raise LocalError(f"cannot listen on {where}: {error.strerror}") from error
+    return sock
+
+
+def bind_all(addresses: tuple[str, ...], port: int) -> list[socket.socket]:
+    """Bind every address, with the same port when 0 picks one. A family that the machine lacks is left out of several.
+
+    Raises:
+        LocalError: one of them cannot be bound; none is left open.
+    """
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    try:
+        for address in addresses:
+            try:
+                sock = bind(address, port)
+            except OSError as error:
+                missing = error
+                continue
+            except LocalError as error:
+                cause = error.__cause__
+                if len(addresses) > 1 and isinstance(cause, OSError) and cause.errno == errno.EADDRNOTAVAIL:
+                    missing = cause  # `::` or `::1` where IPv6 is disabled by sysctl
+                    continue
+                raise
+            sockets.append(sock)
+            port = sock.getsockname()[1]
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    if not sockets:
+        assert missing is not None
+        raise LocalError(f"cannot listen on {', '.join(addresses)}: {missing.strerror}") from missing
+    return sockets
+
+
+def activate(listener: socket.socket) -> None:
+    """Start to listen.
+
+    Raises:
+        LocalError: another process listens there since we bound it.
+    """
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise _in_use(local_name(listener)) from error
+
+
+def _in_use(where: str) -> LocalError:
+    return LocalError(f"cannot listen on {where}: the port is in use; stop what uses it (ss -ltnp) or choose another")
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a connection with a TCP reset, so that its other end does not take it for an orderly end."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    except OSError:
+        pass  # already dead
+    sock.close()
+
+
+def peer_name(sock: socket.socket) -> str:
+    """The other end as `192.0.2.1:5000` or `[2001:db8::1]:5000`; empty once it is gone."""
+    try:
+        address = sock.getpeername()
+    except OSError:
+        return ""
+    return join_host_port(address[0], address[1])
+
+
+def local_name(sock: socket.socket) -> str:
+    """This end's address."""
+    address = sock.getsockname()
+    return join_host_port(address[0], address[1])
+
+
+async def accept_forever(listener: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+    """Accept until cancelled; closes the listener then.
+
+    Args:
+        listener: active, non-blocking, owned from now on.
+        accepted: called with each connection (non-blocking, Nagle off), which it owns; it must not wait.
+    """
+    told = False
+    try:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                for _ in range(BATCH):
+                    sock, _address = listener.accept()
+                    sock.setblocking(False)
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    accepted(sock)
+                told = False
+            except (BlockingIOError, InterruptedError):
+                told = False
+            except OSError as error:
+                if error.errno in _RETRY:
+                    # The connection stays in the backlog; somebody must close a descriptor first.
+                    if not told:
+                        _log.warning("cannot accept connections", address=local_name(listener), reason=error.strerror)
+                        told = True
+                    await trio.sleep(RETRY_SECONDS)
+                # Else it was aborted before we got to it (accept(2)): nobody is waiting.
+            await trio.lowlevel.checkpoint()
+    finally:
+        trio.lowlevel.notify_closing(listener)
+        listener.close()

@@ -1,0 +1,420 @@
+"""One WebSocket on the reactor: frames in, frames out. Never waits; the reader never waits for a local socket."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from wstunnel import limits
+from wstunnel.errors import ProtocolError
+from wstunnel.reactor import READ, WRITE, Handler, Reactor
+from wstunnel.wire.messages import Ack, AnyMessage, Eof, Message, Opened, Ping, Pong, Reset
+from wstunnel.wire.protocol import Buffer, LinkProtocol, PeerClosed, StreamState
+from wstunnel.wire.states import Exchange
+
+if TYPE_CHECKING:
+    from wstunnel.stream import Stream
+
+FLUSH_BYTES = 1024 * 1024
+"""Most that one event writes: a peer that reads as fast as we write must not keep the reactor to itself."""
+NOTSENT_LOWAT = 256 * 1024
+"""Unsent bytes that the kernel takes on a link, so that control messages do not queue behind megabytes (tcp(7))."""
+_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+
+
+class LinkOwner(Protocol):
+    """Who a link belongs to: before `hello` the server's greeter, then a session."""
+
+    def message(self, link: Link, message: AnyMessage) -> None:
+        """A message that is not about the stream on the link: hello, welcome, open, bye."""
+
+    def idle(self, link: Link) -> None:
+        """The exchange ended: the link may carry another stream."""
+
+    def lost(self, link: Link, reason: str) -> None:
+        """The connection is gone, its stream was told. Called once."""
+
+
+class Link(Handler):
+    """One WebSocket connection after its HTTP handshake.
+
+    Args:
+        protocol: its state, sans I/O.
+        owner: see `LinkOwner`.
+        peer: the other end's address, for logs.
+        now: monotonic seconds.
+
+    Attributes:
+        stream: what it carries; stays until a reset of it was answered.
+        round_trip: the smallest measured, in seconds; 0 until then.
+        idle_since: when it last became idle.
+        last_id: id of the last stream that ended on it (its tombstone goes at the next open).
+    """
+
+    __slots__ = (
+        "_closing_at", "_pending", "_ping_at", "_ping_number", "_read_wants_write", "_resetting_at", "_shut", "_tls",
+        "created", "idle_since", "last_id", "last_received", "owner", "peer", "protocol", "round_trip", "stream",
+    )  # fmt: skip
+
+    def __init__(self, protocol: LinkProtocol, owner: LinkOwner, *, peer: str, now: float) -> None:
+        super().__init__()
+        self.protocol = protocol
+        self.owner = owner
+        self.peer = peer
+        self.stream: Stream | None = None
+        self.round_trip = 0.0
+        self.created = self.last_received = self.idle_since = now
+        self.last_id: str | None = None
+        self._tls = False
+        self._pending: memoryview | None = None
+        self._read_wants_write = False
+        self._ping_at: float | None = None
+        self._ping_number = 0
+        self._closing_at: float | None = None
+        self._resetting_at: float | None = None
+        self._shut = False
+
+    def start(self, reactor: Reactor, sock: socket.socket, leftover: bytes = b"") -> None:
+        """Take over the connection; `leftover` are bytes that were read behind the HTTP head."""
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+            except OSError:
+                pass  # not on this kernel: only the latency beside bulk suffers
+        reactor.adopt(self, sock)
+        if leftover and self.sock is not None:
+            self._process(leftover)
+        elif self.sock is not None:
+            self.flush()
+
+    # --- in -----------------------------------------------------------------------------------------------------------
+
+    def on_readable(self) -> None:
+        size = self._read_tls() if self._tls else self._read_plain()
+        if size and self.sock is not None:
+            self.last_received = self.reactor.now
+            self._process(self.reactor.scratch[:size])
+
+    def _read_plain(self) -> int:
+        assert self.sock is not None
+        try:
+            size = self.sock.recv_into(self.reactor.scratch)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self.lose(f"connection failed: {error.strerror}")
+            return 0
+        if not size:
+            self._ended()
+        return size
+
+    def _read_tls(self) -> int:
+        """Read records until OpenSSL has no more: it holds decrypted bytes that no selector sees."""
+        assert self.sock is not None
+        scratch = self.reactor.scratch
+        filled = 0
+        self._read_wants_write = False
+        try:
+            while filled < len(scratch):
+                size = self.sock.recv_into(scratch[filled:])
+                if not size:
+                    break
+                filled += size
+            # Full: there may be more inside OpenSSL. At the end of the stream: the next read tells it again.
+            self.reactor.again(self)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLWantWriteError:
+            self._read_wants_write = True
+            self._want()
+        except OSError as error:
+            if not filled:
+                self.lose(f"connection failed: {error.strerror or error}")
+                return 0
+            self.reactor.again(self)  # the error comes again once what was read is handled
+        else:
+            if not filled:
+                self._ended()
+        return filled
+
+    def _ended(self) -> None:
+        if self.protocol.close_received:
+            self.lose("closed by the peer")
+        elif self.protocol.close_sent:
+            self.lose("closed")
+        else:
+            self.lose("connection closed without a close frame")
+
+    def _process(self, data: bytes | memoryview) -> None:
+        if self._shut or self._closing_at is not None:
+            # After a protocol error the decoder is out of step; after our close frame only the peer's matters.
+            self._await_close(data)
+            return
+        try:
+            for event in self.protocol.receive(data):
+                if isinstance(event, memoryview | bytes):
+                    self.stream.deliver(event)  # type: ignore[union-attr]  # data comes only while a stream is attached
+                else:
+                    self._event(event)
+                if self.sock is None:
+                    return
+        except ProtocolError as error:
+            self.close(error.code, str(error))
+            return
+        self.flush()
+
+    def _await_close(self, data: bytes | memoryview) -> None:
+        if self._shut:
+            return
+        try:
+            for event in self.protocol.receive(data):
+                if isinstance(event, PeerClosed):
+                    self.flush()
+        except ProtocolError:
+            self._shut = True
+
+    def _event(self, event: AnyMessage | PeerClosed) -> None:
+        stream = self.stream
+        if isinstance(event, Ack):
+            assert stream is not None
+            if self.protocol.state is Exchange.IDLE:
+                self._free()
+            else:
+                stream.acked()
+        elif isinstance(event, Opened):
+            assert stream is not None
+            stream.opened(event.address)
+        elif isinstance(event, Eof):
+            assert stream is not None
+            stream.ended()
+        elif isinstance(event, Reset):
+            if stream is not None:
+                stream.was_reset(event.code, event.message)
+            self._free()
+        elif isinstance(event, Pong):
+            if self._ping_at is not None and event.number == self._ping_number:
+                self.measure(self._ping_at)
+                self._ping_at = None
+        elif isinstance(event, PeerClosed):
+            self._closing_at = self.reactor.now + limits.LINGER_SECONDS
+            self._detach(f"link closed by the peer: {event.code} {event.reason}".rstrip())
+        elif not isinstance(event, Ping):
+            self.owner.message(self, event)
+
+    def measure(self, since: float) -> None:
+        """Something sent at `since` (monotonic seconds) was answered now: a round trip."""
+        took = max(self.reactor.now - since, 1e-6)
+        self.round_trip = min(self.round_trip, took) if self.round_trip else took
+
+    # --- out ----------------------------------------------------------------------------------------------------------
+
+    def on_writable(self) -> None:
+        if self._read_wants_write:
+            self.on_readable()
+        if self.sock is not None:
+            self.flush()
+
+    @property
+    def blocked(self) -> bool:
+        """The connection takes no more: bytes of a frame that was begun wait for it."""
+        return self._pending is not None
+
+    def flush(self) -> None:
+        """Write what there is to write, as far as the connection takes it now."""
+        if self.sock is None:
+            return
+        budget = FLUSH_BYTES
+        more = False
+        protocol = self.protocol
+        while self._pending is None or self._write_pending():
+            if budget <= 0:
+                more = True
+                break
+            buffers = protocol.pull(limits.FRAME_BYTES, self.reactor.now, self.round_trip)
+            if not buffers:
+                break
+            budget -= self._write(buffers)
+            if self.sock is None:
+                return
+        if self.sock is None:
+            return
+        stream = self.stream
+        if stream is not None:
+            state = protocol.state
+            if state is Exchange.IDLE:
+                self._free()
+            else:
+                if state is Exchange.RESETTING and self._resetting_at is None:
+                    self._resetting_at = self.reactor.now
+                stream.refresh()
+        self._want(more)
+        if self._closing_at is not None and self._pending is None:
+            self._finish_close()
+
+    def _want(self, more: bool = False) -> None:
+        mask = READ | WRITE if self._pending is not None or more or self._read_wants_write else READ
+        if mask != self.mask:
+            self.reactor.want(self, mask)
+
+    def _write(self, buffers: Sequence[Buffer]) -> int:
+        """Send buffers whole; what the connection does not take waits in `_pending`, contiguous. Returns their size."""
+        assert self.sock is not None
+        if len(buffers) == 1 or self._tls:
+            data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+            size = len(data)
+            self._pending = memoryview(data)
+            self._write_pending()
+            if self._pending is not None and isinstance(data, memoryview):  # pragma: no cover  # headers come first
+                self._pending = memoryview(bytes(self._pending))
+            return size
+        size = sum(map(len, buffers))
+        try:
+            sent = self.sock.sendmsg(buffers)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self.lose(f"connection failed: {error.strerror}")
+            return size
+        if sent != size:
+            # A copy: the views belong to a replay buffer that goes on growing.
+            self._pending = memoryview(b"".join(buffers))[sent:]
+        return size
+
+    def _write_pending(self) -> bool:
+        """Go on with the frame that was begun; True once it is out. After SSLWantWriteError the same bytes must come first."""
+        assert self.sock is not None
+        pending = self._pending
+        assert pending is not None
+        try:
+            while True:
+                sent = self.sock.send(pending)
+                if sent == len(pending):
+                    self._pending = None
+                    return True
+                pending = pending[sent:]
+                if not self._tls:
+                    break
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            # A write that waits for a read goes on with the flush that follows every read.
+            pass
+        except OSError as error:
+            self.lose(f"connection failed: {error.strerror or error}")
+            return False
+        self._pending = pending
+        return False
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def attach(self, stream: Stream) -> None:
+        """The link carries `stream` now; the protocol's exchange has begun or begins next."""
+        self.stream = stream
+        self._resetting_at = None
+
+    def _free(self) -> None:
+        """The exchange is over on both sides."""
+        stream, self.stream = self.stream, None
+        self._resetting_at = None
+        self.idle_since = self.reactor.now
+        if stream is not None:
+            self.last_id = stream.state.id
+            stream.link = None
+            stream.finished()
+        self.owner.idle(self)
+
+    def _detach(self, reason: str) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.link = None
+            stream.link_lost(reason)
+
+    def send(self, message: Message) -> None:
+        """Send a control message. A peer that does not read has the link closed."""
+        try:
+            self.protocol.send(message)
+        except ProtocolError as error:
+            self.close(error.code, str(error))
+        else:
+            self.flush()
+
+    def open(self, state: StreamState, *, target: str, peer: str) -> None:
+        """Begin an exchange on this idle link; goes out with the next flush."""
+        try:
+            self.protocol.open(state, target=target, peer=peer)
+        except ProtocolError as error:
+            self.close(error.code, str(error))
+
+    def opened(self, address: str) -> None:
+        """Tell the peer that the target was reached; goes out with the next flush."""
+        try:
+            self.protocol.opened(address)
+        except ProtocolError as error:
+            self.close(error.code, str(error))
+
+    def ping(self) -> None:
+        """Send a `ping` message, and a ping frame for proxies that count only those."""
+        self._ping_number += 1
+        self._ping_at = self.reactor.now
+        self.protocol.websocket_ping()
+        self.send(Ping(number=self._ping_number))
+
+    def sweep(self, now: float) -> None:
+        """Once a second: silent links are pinged, dead ones closed, deadlines kept."""
+        if self._closing_at is not None:
+            if now >= self._closing_at:
+                self.lose("closed")
+        elif not self.protocol.greeted:
+            if now - self.created > limits.HANDSHAKE_SECONDS:
+                self.close(1008, "no hello in time" if self.protocol.side == "server" else "no welcome in time")
+        elif self._resetting_at is not None and now - self._resetting_at > limits.PONG_WITHIN_SECONDS:
+            self.close(1002, "reset was not answered")
+        elif self._ping_at is not None and self.last_received < self._ping_at:
+            if now - self._ping_at > limits.PONG_WITHIN_SECONDS:
+                self.lose(f"no answer for {now - self._ping_at:.0f} s")
+        elif now - self.last_received > limits.PING_AFTER_SECONDS:
+            self.ping()
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Start the closing handshake (RFC 6455 §7.1.2); its stream is told that the link is gone."""
+        if self.sock is None or self._closing_at is not None:
+            return
+        self.protocol.close(code, reason)
+        self._closing_at = self.reactor.now + limits.LINGER_SECONDS
+        self._detach(reason or "link closed")
+        self.flush()
+
+    def _finish_close(self) -> None:
+        """Our close frame is out. The server ends TCP first (§7.1.1), then reads to EOF: closing with unread input would
+        send a TCP reset that destroys what was sent."""
+        protocol = self.protocol
+        if self.sock is None or self._shut or not protocol.close_sent:
+            return
+        if protocol.side == "server" and protocol.close_received:
+            self._shut = True
+            try:
+                if self._tls:
+                    # SSLSocket's own method forgets the TLS state, and reading goes on.
+                    socket.socket.shutdown(self.sock, socket.SHUT_WR)
+                else:
+                    self.sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self.lose(f"connection failed: {error.strerror}")
+
+    def lose(self, reason: str) -> None:
+        """The connection is gone: close the socket, tell the stream, then the owner. Idempotent."""
+        if self.sock is None:
+            return
+        self.reactor.drop(self)
+        self.protocol.close_sent = True
+        self._pending = None
+        self._detach(reason)
+        self.owner.lost(self, reason)
+
+    def on_hangup(self) -> None:
+        self.lose("connection failed")  # pragma: no cover  # a link always wants to read
+
+    def fail(self, error: Exception) -> None:
+        """An exception in our own code: this link only."""
+        self.lose(f"internal error: {error!r}")

@@ -1,0 +1,370 @@
+"""The server's role: listen, authenticate, serve links, dial targets."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import ssl
+from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from wstunnel import descriptors, limits, logs, systemd, tls
+from wstunnel.auth import Users
+from wstunnel.config import ServerConfig
+from wstunnel.dial import dial_target, is_local_address
+from wstunnel.endpoints import tcp
+from wstunnel.errors import HandshakeError, ProtocolError, StreamError, UsageError
+from wstunnel.link import Link
+from wstunnel.policy import Policy
+from wstunnel.reactor import Reactor, make_reactor
+from wstunnel.session import Principal, Session
+from wstunnel.state import Announcement, write_announcement
+from wstunnel.targets import Target, parse_target
+from wstunnel.transport import Transport
+from wstunnel.wire import handshake
+from wstunnel.wire.credit import Budget
+from wstunnel.wire.http1 import RequestReader
+from wstunnel.wire.messages import FEATURES, SUBPROTOCOL, VERSION, AnyMessage, Bye, Hello, Open, Welcome
+from wstunnel.wire.protocol import LinkProtocol
+
+if TYPE_CHECKING:
+    from wstunnel.stream import Stream
+
+_log = logs.logger("server")
+
+RESOLVER_THREADS = 8
+"""Names that one principal resolves at once: slow names of one user must not stop the others."""
+KEEPALIVE_ADVICE = int(limits.PING_AFTER_SECONDS)
+
+
+class ServerSession(Session):
+    """One client's links and streams. Ends with its last link."""
+
+    def __init__(self, session_id: str, principal: Principal, server: Server) -> None:
+        super().__init__(session_id, principal, server.reactor, _log)
+        self._server = server
+
+    def message(self, link: Link, message: AnyMessage) -> None:
+        if isinstance(message, Open):
+            self._accept(link, message)
+        elif isinstance(message, Bye):
+            self._server.reactor.later(partial(self.close, 1000, "the client said goodbye"))
+        else:
+            super().message(link, message)
+
+    def lost(self, link: Link, reason: str) -> None:
+        super().lost(link, reason)
+        if not self.links:
+            self._server.forget(self)
+
+    def _accept(self, link: Link, message: Open) -> None:
+        """A client asks for a stream. The stream is registered in this call: early data may follow in the same read."""
+        tombstones = self.principal.tombstones
+        tombstones.forget(link.last_id)
+        if message.stream in self.streams:
+            raise ProtocolError("open repeats the id of a live stream")
+        full = self.principal.streams() >= limits.PRINCIPAL_STREAMS
+        stream = self.make_stream(message.stream, egress=True, target=message.target, peer=message.peer)
+        stream.link = link
+        link.attach(stream)
+        link.protocol.accept(stream.state)
+        if message.stream in tombstones:
+            stream.reset("forbidden", "this stream id was used before")
+        elif full or not self.principal.budget.admitting():
+            stream.reset("limit", "too many streams" if full else "too much memory is held")
+        else:
+            try:
+                target = parse_target(message.target)
+            except UsageError as error:
+                stream.reset("forbidden", f"not a target: {error.message}")
+                return
+            stream.dialling = trio.CancelScope()
+            self._server.nursery.start_soon(self._dial, stream, stream.dialling, target)
+
+    async def _dial(self, stream: Stream, scope: trio.CancelScope, target: Target) -> None:
+        server = self._server
+        with scope:
+            try:
+                sock, address = await dial_target(target, server.policy, limiter=server.limiter(self.principal))
+            except StreamError as error:
+                for note in getattr(error, "__notes__", ()):
+                    _log.warning("target forbidden", target=str(target), principal=self.principal.name, reason=note)
+                stream.reset(error.code, str(error))
+                return
+            stream.connected(self.reactor, sock, address)
+
+    def stream_ended(self, stream: Stream) -> None:
+        super().stream_ended(stream)
+        self.principal.tombstones.add(stream.state.id, self.reactor.now)
+
+
+class Server:
+    """Everything that one running server holds. Owner of links that have not said `hello` yet.
+
+    Args:
+        config: what to do.
+        reactor: where sockets live.
+        nursery: where dials run.
+        listeners: bound sockets; their addresses are closed to clients.
+        context: TLS, or None for `--plain`.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        reactor: Reactor,
+        nursery: trio.Nursery,
+        listeners: list[socket.socket],
+        context: ssl.SSLContext | None,
+    ) -> None:
+        self.reactor = reactor
+        self.nursery = nursery
+        own = [sock.getsockname()[:2] for sock in listeners]
+        self.policy = Policy(config.allow, own_sockets=own, is_local=is_local_address)
+        self.users = Users(config.state_dir)
+        self.gone = trio.Event()
+        self._config = config
+        self._context = context
+        self._id = secrets.token_urlsafe(16)
+        self._boot = secrets.token_urlsafe(16)
+        self._budget = Budget(limits.PROCESS_BYTES)
+        self._principals: dict[str, Principal] = {}
+        self._limiters: dict[str, trio.CapacityLimiter] = {}
+        self._sessions: dict[tuple[str, str], ServerSession] = {}
+        self._greeting: dict[Link, str] = {}  # links before hello, and their principal's name
+        self._handshakes: dict[trio.CancelScope, None] = {}
+        self._stopping = False
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def accepted(self, sock: socket.socket) -> None:
+        """A new connection: its handshake runs as a task of its own."""
+        if len(self._handshakes) >= limits.HANDSHAKES:
+            # Strangers who only connect must not lock users out.
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cancel()
+        scope = trio.CancelScope()
+        self._handshakes[scope] = None
+        self.nursery.start_soon(self._handshake, sock, scope)
+
+    async def _handshake(self, sock: socket.socket, scope: trio.CancelScope) -> None:
+        peer = tcp.peer_name(sock)
+        transport = Transport(sock, self._context, server_side=True)
+        reader = RequestReader()
+        refusal: HandshakeError | None = None
+        secured = False
+        try:
+            with scope, trio.move_on_after(limits.HANDSHAKE_SECONDS) as deadline:
+                try:
+                    await transport.handshake()
+                    secured = True
+                    await self._upgrade(transport, reader, peer)
+                    return
+                except HandshakeError as error:
+                    refusal = error
+            if deadline.cancelled_caught:
+                refusal = HandshakeError(408, "the request did not arrive in time")
+            if refusal is not None:
+                _log.warning("connection refused", peer=peer, status=refusal.status, reason=str(refusal))
+                if secured:
+                    await self._refuse(transport, refusal)
+        except (ssl.SSLError, OSError, trio.BrokenResourceError) as error:
+            _log.debug("connection failed in its handshake", peer=peer, reason=str(error))
+        finally:
+            self._handshakes.pop(scope, None)
+            transport.close()
+
+    async def _upgrade(self, transport: Transport, reader: RequestReader, peer: str) -> None:
+        request = None
+        while request is None:
+            data = await transport.receive(limits.HEAD_BYTES)
+            if not data:
+                return
+            request = reader.feed(data)
+        upgrade = handshake.accept(request, path=self._config.path, subprotocols=(SUBPROTOCOL,))
+        name = self.users.authenticate(handshake.bearer_token(request) or "")
+        if name is None:
+            raise HandshakeError(401, "no valid token", (("WWW-Authenticate", 'Bearer realm="wstunnel"'),))
+        principal = self._principals.get(name)
+        if principal is not None and principal.links >= limits.PRINCIPAL_LINKS:
+            raise HandshakeError(503, "too many links")
+        await transport.send(handshake.accept_response(upgrade))
+        link = Link(LinkProtocol("server"), self, peer=peer, now=self.reactor.now)
+        self._greeting[link] = name
+        link.start(self.reactor, transport.detach(), reader.leftover)
+
+    @staticmethod
+    async def _refuse(transport: Transport, error: HandshakeError) -> None:
+        with trio.move_on_after(limits.LINGER_SECONDS):
+            await transport.send(handshake.refusal(error))
+            await transport.finish()
+
+    # --- links before hello -------------------------------------------------------------------------------------------
+
+    def message(self, link: Link, message: AnyMessage) -> None:
+        """`hello`: the link joins its session."""
+        assert isinstance(message, Hello)  # the protocol lets nothing else through before it
+        name = self._greeting[link]
+        if self._stopping:
+            raise ProtocolError("the server is stopping", 1001)
+        if message.version != VERSION:
+            raise ProtocolError(f"version {message.version} is not spoken here, only {VERSION}", 1008)
+        if message.role == "reverse":
+            raise ProtocolError("reverse links are not offered", 1008)
+        principal = self._principals.get(name)
+        if principal is None:
+            principal = self._principals[name] = Principal(name, self._budget)
+        session = self._sessions.get((name, message.session))
+        known = session is not None
+        if session is None:
+            session = self._sessions[name, message.session] = ServerSession(message.session, principal, self)
+            _log.info("client connected", principal=name, peer=link.peer, agent=message.agent, session=logs.hash_id(session.id))
+        del self._greeting[link]
+        session.adopt_link(link)
+        link.protocol.send(
+            Welcome(
+                version=VERSION, server=self._id, boot=self._boot, known=known, keepalive=KEEPALIVE_ADVICE, features=list(FEATURES)
+            )
+        )
+        link.ping()  # its round trip is wanted for the windows
+
+    def idle(self, link: Link) -> None:
+        """Never: a link without a session carries nothing."""
+
+    def lost(self, link: Link, reason: str) -> None:
+        """A link went before it said hello."""
+        self._greeting.pop(link, None)
+        _log.debug("link lost before hello", peer=link.peer, reason=reason)
+        self._check_gone()
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def limiter(self, principal: Principal) -> trio.CapacityLimiter:
+        """Bounds the principal's threads that resolve names."""
+        limiter = self._limiters.get(principal.name)
+        if limiter is None:
+            limiter = self._limiters[principal.name] = trio.CapacityLimiter(RESOLVER_THREADS)
+        return limiter
+
+    def forget(self, session: ServerSession) -> None:
+        """The session's last link is gone."""
+        session.leave()
+        principal = session.principal
+        del self._sessions[principal.name, session.id]
+        _log.info("client gone", principal=principal.name, session=logs.hash_id(session.id))
+        self._check_gone()
+
+    def _check_gone(self) -> None:
+        if self._stopping and not self._sessions and not self._greeting:
+            self.gone.set()
+
+    async def sweep_forever(self) -> None:
+        """Once a second, every session and every link."""
+        while True:
+            await trio.sleep(limits.SWEEP_SECONDS)
+            now = self.reactor.now
+            for link in list(self._greeting):
+                link.sweep(now)
+            for session in list(self._sessions.values()):
+                session.sweep(now)
+            for principal in self._principals.values():
+                principal.tombstones.sweep(now)
+
+    def stop(self) -> None:
+        """Close everything in good order; `gone` is set once it is."""
+        self._stopping = True
+        for scope in self._handshakes:
+            scope.cancel()
+        for link in list(self._greeting):
+            link.close(1001, "the server is stopping")
+        for session in list(self._sessions.values()):
+            session.close(1001, "the server is stopping")
+        self._check_gone()
+
+
+def _tls(config: ServerConfig) -> tuple[ssl.SSLContext | None, tuple[bytes, ...]]:
+    """The context, and the pin for invitations when the certificate is our own."""
+    if config.plain:
+        return None, ()
+    if config.cert is not None and config.key is not None:
+        return tls.server_context(config.cert, config.key), ()
+    cert, key = tls.ensure_certificate(config.state_dir, names=(socket.gethostname(),))
+    return tls.server_context(cert, key), (tls.certificate_pin(cert),)
+
+
+def _warn_plain(config: ServerConfig, addresses: tuple[str, ...]) -> None:
+    if config.plain and not all(ip_address(address).is_loopback for address in addresses):
+        _log.warning(
+            "--plain without TLS on an address that others reach: tokens and data travel in the clear unless a proxy in front ends TLS",
+            bind=" ".join(addresses),
+        )
+
+
+async def run(
+    config: ServerConfig, *, shutdown: trio.Event, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The server, until `shutdown` is set; then it closes everything within 2 × LINGER_SECONDS and returns.
+
+    It binds, makes its certificate, writes its announcement, and only then listens.
+
+    Args:
+        config: what to do.
+        shutdown: set by the caller to end it in good order; cancelling ends it at once.
+        task_status: started with the addresses once it listens.
+
+    Raises:
+        LocalError: a port in use, no permission, an unreadable file.
+    """
+    descriptors.raise_limit()
+    addresses = config.bind or ("0.0.0.0", "::")  # noqa: S104  # the documented default
+    listeners = tcp.bind_all(addresses, config.port)
+    try:
+        context, pins = _tls(config)
+        port = listeners[0].getsockname()[1]
+        write_announcement(config.state_dir, Announcement(scheme="ws" if config.plain else "wss", port=port, path=config.path, pins=pins))
+        for listener in listeners:
+            tcp.activate(listener)
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    _warn_plain(config, addresses)
+    async with trio.open_nursery() as nursery:
+        reactor = make_reactor()
+        await nursery.start(reactor.run)
+        server = Server(config, reactor, nursery, listeners, context)
+        accepting = trio.CancelScope()
+        for listener in listeners:
+            nursery.start_soon(_accept, accepting, listener, server)
+        nursery.start_soon(server.sweep_forever)
+        names = [tcp.local_name(listener) for listener in listeners]
+        for name in names:
+            _log.announce(f"listening {name}")
+        if server.users.empty():
+            _log.warning(f"no users yet: `wstunnel invite{_state_flag(config.state_dir)}` makes one and prints its login URL")
+        systemd.notify("READY=1", f"STATUS=listening on {', '.join(names)}", environ=os.environ)
+        task_status.started(names)
+        await shutdown.wait()
+        systemd.notify("STOPPING=1", environ=os.environ)
+        nursery.cancel_scope.deadline = trio.current_time() + 2 * limits.LINGER_SECONDS
+        accepting.cancel()
+        server.stop()
+        await server.gone.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _accept(scope: trio.CancelScope, listener: socket.socket, server: Server) -> None:
+    with scope:
+        await tcp.accept_forever(listener, server.accepted)
+
+
+def _state_flag(directory: Path) -> str:
+    from wstunnel.state import state_directory
+
+    return "" if directory == state_directory(None, os.environ) else f" --state-dir {directory}"

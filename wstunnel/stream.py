@@ -1,0 +1,340 @@
+"""One tunnelled stream at one end: its local socket on the reactor, joined to the link that carries it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Protocol
+
+from wstunnel import limits
+from wstunnel.reactor import READ, WRITE, Handler, Reactor
+from wstunnel.wire.protocol import StreamState
+
+if TYPE_CHECKING:
+    import trio
+
+    from wstunnel.link import Link
+
+LINGER_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER on with no time: close() sends a reset (socket(7))."""
+WRITE_TURNS = 4
+"""Writes of one inbox per event: a fast reader must not keep the reactor to itself."""
+
+
+class StreamOwner(Protocol):
+    """The session."""
+
+    reactor: Reactor
+
+    def stream_opened(self, stream: Stream) -> None:
+        """The target was reached."""
+
+    def stream_ended(self, stream: Stream) -> None:
+        """The stream is over; `stream.outcome` says how. Called once."""
+
+    def stream_moved(self, stream: Stream) -> None:
+        """Bytes arrived: the next sweep acks them if nothing else does."""
+
+    def stream_starved(self, stream: Stream) -> None:
+        """The budgets leave no room to read from the application: the next sweep tries again."""
+
+    def stream_held(self) -> None:
+        """Bytes were stored: the budgets may be exhausted."""
+
+
+class Stream(Handler):
+    """A stream: `state` holds its offsets, `sock` its local socket (None while dialling, and once closed).
+
+    Args:
+        state: sans I/O.
+        owner: the session.
+        target: what the egress dials, canonical text.
+        peer: the application's address at the ingress.
+        now: monotonic seconds.
+
+    Attributes:
+        outcome: None while it lives, then (code, message); code `finished` for a clean end.
+        address: what the egress dialled.
+        dialling: the cancel scope of the dial under way at the egress.
+    """
+
+    __slots__ = (
+        "_read_done", "_started", "_write_failed", "address", "created", "dialling", "inbound", "link", "outbound", "outcome",
+        "owner", "peer", "reason", "state", "target",
+    )  # fmt: skip
+
+    def __init__(self, state: StreamState, owner: StreamOwner, *, target: str, peer: str, now: float) -> None:
+        super().__init__()
+        self.state = state
+        self.inbound = state.inbound
+        self.outbound = state.outbound
+        self.owner = owner
+        self.target = target
+        self.peer = peer
+        self.address = ""
+        self.created = now
+        self.link: Link | None = None
+        self.outcome: tuple[str, str] | None = None
+        self.reason: tuple[str, str] | None = None
+        self.dialling: trio.CancelScope | None = None
+        self._started = False
+        self._read_done = False
+        self._write_failed = False
+
+    # --- the local socket ---------------------------------------------------------------------------------------------
+
+    def start(self, reactor: Reactor, sock: socket.socket) -> None:
+        """Take over the connected, non-blocking socket. What came early from the peer is delivered."""
+        if self.outcome is not None or self.reason is not None:
+            sock.close()
+            return
+        self._started = True
+        reactor.adopt(self, sock)
+        if len(self.inbound.inbox):
+            self._drain()
+        self._deliver_end()
+
+    def connected(self, reactor: Reactor, sock: socket.socket, address: str) -> None:
+        """Egress: the dial succeeded."""
+        self.dialling = None
+        self.address = address
+        if self.link is not None and self.reason is None:
+            self.link.opened(address)
+            self.owner.stream_opened(self)
+        self.start(reactor, sock)
+        if self.link is not None:
+            self.link.flush()
+
+    def on_readable(self) -> None:
+        outbound = self.outbound
+        room = outbound.room()
+        link = self.link
+        if room <= 0 or link is None or self._read_done:
+            self.refresh()
+            return
+        scratch = self.reactor.scratch
+        assert self.sock is not None
+        try:
+            size = self.sock.recv_into(scratch, room if room < len(scratch) else 0)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._local_failed(error)
+            return
+        if size:
+            outbound.append(scratch[:size])
+        else:
+            outbound.end()
+            self._read_done = True
+        if link.blocked:
+            self.refresh()
+        else:
+            link.flush()
+        if self._write_failed:
+            self._reset_when_delivered()
+
+    def on_writable(self) -> None:
+        self._drain()
+        self._deliver_end()
+        self.refresh()
+        if self.link is not None:
+            self.link.flush()
+
+    def on_hangup(self) -> None:
+        """ERR or HUP while neither direction is wanted: a reset while there is no credit, or the normal end of both."""
+        if self.sock is None:
+            return
+        code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._local_failed(OSError(code, os.strerror(code)))
+
+    def fail(self, error: Exception) -> None:
+        """An exception in our own code: this stream only."""
+        self.reset("internal", f"internal error: {type(error).__name__}")
+
+    def refresh(self) -> None:
+        """Ask the reactor for what the offsets allow now."""
+        if self.sock is None:
+            return
+        mask = 0
+        outbound = self.outbound
+        if not self._read_done:
+            if self.link is not None and outbound.queued() < limits.LINK_QUEUE_BYTES:
+                if outbound.room() > 0:
+                    mask = READ
+                elif outbound.limit > outbound.replay.end:
+                    self.owner.stream_starved(self)
+        if self.inbound.inbox.end > self.inbound.inbox.start:
+            mask |= WRITE
+        if mask != self.mask:
+            self.reactor.want(self, mask)
+
+    def _local_failed(self, error: OSError) -> None:
+        """The application's side is gone: what it sent before goes first, then the reset."""
+        self._read_done = True
+        if error.errno in (errno.ECONNRESET, errno.EPIPE):
+            self.reset("reset", "connection reset")
+        else:
+            self.reset("reset", f"local connection failed: {error.strerror or error}")
+
+    # --- from the link ------------------------------------------------------------------------------------------------
+
+    def deliver(self, data: bytes | memoryview) -> None:
+        """Stream data arrived: to the application as far as it takes it at once, else into the inbox."""
+        inbound = self.inbound
+        self.owner.stream_moved(self)
+        if self._write_failed or self.reason is not None:
+            inbound.passed(len(data))
+            return
+        inbox = inbound.inbox
+        if inbox.end > inbox.start or self.sock is None:
+            inbound.store(data)
+            self.owner.stream_held()
+            return
+        try:
+            sent = self.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            inbound.passed(len(data))
+            self._write_broke(error)
+            return
+        if sent:
+            inbound.passed(sent)
+        if sent < len(data):
+            inbound.store(data[sent:])
+            self.owner.stream_held()
+
+    def _drain(self) -> None:
+        """The inbox to the application."""
+        inbound = self.inbound
+        for _ in range(WRITE_TURNS):
+            view = inbound.waiting(limits.SCRATCH_BYTES)
+            if view is None or self.sock is None:
+                return
+            try:
+                sent = self.sock.send(view)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                del view
+                self._write_broke(error)
+                return
+            partial = sent < len(view)
+            del view
+            inbound.taken(sent)
+            if partial:
+                return
+
+    def _deliver_end(self) -> None:
+        """The application is given the EOF once it has all bytes."""
+        inbound = self.inbound
+        if not inbound.at_end() or (self.sock is None and self.reason is None):
+            return
+        inbound.end_delivered()
+        if self.sock is not None and not self._write_failed:
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self._write_broke(error)
+
+    def _write_broke(self, error: OSError) -> None:
+        """The application takes no more. Go on consuming, read what it sent to its EOF, then reset: replies that were
+        already sent are not lost."""
+        self._write_failed = True
+        inbound = self.inbound
+        if len(inbound.inbox):
+            inbound.taken(len(inbound.inbox))
+        if self._read_done:
+            self._reset_when_delivered()
+
+    def _reset_when_delivered(self) -> None:
+        """After a failed write and the application's EOF: the reset waits until the peer took every byte."""
+        if self._read_done and not len(self.outbound.replay):
+            self.reset("reset", "connection reset")
+
+    def acked(self) -> None:
+        """The peer consumed bytes or granted more."""
+        if self._write_failed:
+            self._reset_when_delivered()
+        self.refresh()
+
+    def opened(self, address: str) -> None:
+        """Ingress: the egress reached the target."""
+        self.address = address
+        self.owner.stream_opened(self)
+
+    def ended(self) -> None:
+        """The peer's EOF came."""
+        self._deliver_end()
+
+    # --- ends ---------------------------------------------------------------------------------------------------------
+
+    def reset(self, code: str, message: str) -> None:
+        """End both directions: the local socket now, with a TCP reset; the peer once it has the bytes queued before.
+
+        Without a link, or when both ends have sent and acked all, nothing is sent. Idempotent.
+        """
+        if self.outcome is not None or self.reason is not None:
+            return
+        self.reason = (code, message)
+        self._close_local(reset=True)
+        inbound = self.inbound
+        if len(inbound.inbox):
+            inbound.taken(len(inbound.inbox))
+        link = self.link
+        if link is None:
+            self._over(code, message)
+        elif self.state.resettable():
+            self.state.reset_wanted = (code, message)
+            link.flush()
+        # Else only the last ack lacks: the exchange ends by itself.
+
+    def was_reset(self, code: str, message: str) -> None:
+        """The peer's reset (or its answer to ours). The application gets what its socket still takes, then the reset."""
+        if self.reason is None:
+            self.reason = (code, message)
+            self._drain()
+        self._close_local(reset=True)
+
+    def link_lost(self, reason: str) -> None:
+        """The link is gone, and the stream with it."""
+        if self.reason is None:
+            self.reason = ("lost", reason)
+        self._close_local(reset=True)
+        self._over(*self.reason)
+
+    def finished(self) -> None:
+        """The exchange on the link is over: cleanly unless there was a reset."""
+        if self.reason is not None and not self._clean():
+            self._over(*self.reason)
+        else:
+            self._over("finished", "")
+
+    def _clean(self) -> bool:
+        outbound, inbound = self.outbound, self.inbound
+        return outbound.total is not None and inbound.total is not None and inbound.consumed > inbound.total and not len(outbound.replay)
+
+    def _over(self, code: str, message: str) -> None:
+        if self.outcome is not None:
+            return
+        self.outcome = (code, message)
+        self._close_local(reset=False)
+        self.state.discard()
+        self.owner.stream_ended(self)
+
+    def _close_local(self, *, reset: bool) -> None:
+        self._read_done = True
+        if self.dialling is not None:
+            self.dialling.cancel()
+            self.dialling = None
+        if self.sock is None:
+            return
+        if reset:
+            try:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+            except OSError:
+                pass  # already dead
+        self.reactor.drop(self)
