@@ -118,6 +118,8 @@ class MemorySocket:
 class MemoryReactor:
     """The reactor's interface; `turn` calls one handler when the test wants it."""
 
+    reports_hangups = True
+
     def __init__(self) -> None:
         self.scratch = memoryview(bytearray(4096))
         self.now = 0.0

@@ -96,7 +96,7 @@ class ModelSession(Session):
         self.world = world
         self.side: Side = side
         budget = Budget(1 << 30)
-        super().__init__("s" * 22, Principal(side, budget), world.reactors[side], logs.logger("model"))  # type: ignore[arg-type]
+        super().__init__("s" * 22, Principal(side, budget, {}), world.reactors[side], logs.logger("model"))  # type: ignore[arg-type]
         self.idle_links: list[Link] = []
 
     def message(self, link: Link, message: AnyMessage) -> None:
@@ -134,7 +134,10 @@ class World:
 
     def __init__(self) -> None:
         self.reactors: dict[Side, MemoryReactor] = {"client": MemoryReactor(), "server": MemoryReactor()}
-        self.sessions: dict[Side, ModelSession] = {"client": ModelSession(self, "client"), "server": ModelSession(self, "server")}
+        self.sessions: dict[Side, ModelSession] = {
+            "client": ModelSession(self, "client"),
+            "server": ModelSession(self, "server"),
+        }
         self.connections: list[Connection] = []
         self.dials: list[tuple[Stream, Connection]] = []
         self.pipes: list[Pipe] = []
@@ -155,7 +158,9 @@ class World:
             pipe.room = SEND_QUEUE
             self.pipes.append(pipe)
         keys = MaskKeys(self._random)
-        client = Link(LinkProtocol("client", keys=keys, role="forward"), self.sessions["client"], peer="server", now=0.0)
+        client = Link(
+            LinkProtocol("client", keys=keys, role="forward"), self.sessions["client"], peer="server", now=0.0
+        )
         server = Link(LinkProtocol("server"), self.sessions["server"], peer="client", now=0.0)
         self.sessions["client"].adopt_link(client)
         self.sessions["server"].adopt_link(server)
@@ -165,7 +170,9 @@ class World:
         self.sessions["client"].idle_links.append(client)
         self.links.append((client, server))
 
-    def open(self, upward: bytes, downward: bytes, *, refuse: bool = False, echo: bool = False, room: int = 8) -> Connection:
+    def open(
+        self, upward: bytes, downward: bytes, *, refuse: bool = False, echo: bool = False, room: int = 8
+    ) -> Connection:
         """An application connects at the client: a stream on an idle link (a new one if there is none)."""
         session = self.sessions["client"]
         if not session.idle_links:
@@ -261,9 +268,16 @@ class World:
             for reader, writer in ((connection.ingress, connection.egress), (connection.egress, connection.ingress)):
                 got = bytes(reader.read)
                 assert writer.to_write[: len(got)] == got, f"connection {connection.number}: wrong bytes"  # invariant 1
-                if reader.end_seen and not reader.reset_seen and reader.sock is not None and not reader.sock.reset_by_peer:
+                if (
+                    reader.end_seen
+                    and not reader.reset_seen
+                    and reader.sock is not None
+                    and not reader.sock.reset_by_peer
+                ):
                     assert writer.closed_write, f"connection {connection.number}: an end nobody sent"
-                    assert got == writer.to_write[: writer.written], f"connection {connection.number}: end before all bytes"
+                    assert got == writer.to_write[: writer.written], (
+                        f"connection {connection.number}: end before all bytes"
+                    )
             assert connection.dialled <= 1  # invariant 4
         for side, session in self.sessions.items():
             held = 0
@@ -275,7 +289,11 @@ class World:
                 if link.stream is not None:  # invariant 5
                     assert link.stream.link is link
         for client, server in self.links:  # invariant 9
-            if client.protocol.state is Exchange.IDLE and client.stream is None and client.protocol.n > server.protocol.n:
+            if (
+                client.protocol.state is Exchange.IDLE
+                and client.stream is None
+                and client.protocol.n > server.protocol.n
+            ):
                 raise AssertionError("the client went on before the server heard of the exchange")
 
     def _check_stream(self, side: Side, stream: Stream) -> int:
@@ -288,7 +306,14 @@ class World:
         if peer is not None:
             assert outbound.replay.start <= peer.inbound.consumed <= peer.inbound.received <= end
             assert outbound.limit <= peer.inbound.window.limit
-        marks = (outbound.replay.start, outbound.cursor, outbound.limit, inbound.received, inbound.consumed, inbound.window.limit)
+        marks = (
+            outbound.replay.start,
+            outbound.cursor,
+            outbound.limit,
+            inbound.received,
+            inbound.consumed,
+            inbound.window.limit,
+        )
         before = self._marks.get((stream.state.id, side), marks)
         assert all(new >= old for new, old in zip(marks, before, strict=True)), "an offset fell"
         self._marks[stream.state.id, side] = marks
@@ -317,7 +342,9 @@ class World:
         for connection in self.connections:
             ingress, egress = connection.ingress, connection.egress
             outcomes = {side: outcome[0] for side, outcome in connection.outcomes.items()}
-            assert set(outcomes) == {"client", "server"}, f"connection {connection.number} hangs: {outcomes}, lost: {self.lost}"
+            assert set(outcomes) == {"client", "server"}, (
+                f"connection {connection.number} hangs: {outcomes}, lost: {self.lost}"
+            )
             if connection.refuse and not ingress.aborted:
                 assert outcomes == {"client": "refused", "server": "refused"}
                 assert ingress.sock is not None and ingress.sock.reset_by_peer
@@ -330,7 +357,9 @@ class World:
                 for one, other in ((ingress, egress), (egress, ingress)):
                     if one.aborted and other.sock is not None and not other.aborted:
                         whole = other.end_seen and other.closed_write
-                        assert other.sock.reset_by_peer or whole, f"connection {connection.number}: an abort was not passed on"
+                        assert other.sock.reset_by_peer or whole, (
+                            f"connection {connection.number}: an abort was not passed on"
+                        )
         assert not self.lost, f"links were lost: {self.lost}"
         for side, session in self.sessions.items():
             assert not session.streams

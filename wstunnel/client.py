@@ -61,7 +61,7 @@ class ClientSession(Session):
     def __init__(
         self, dialler: Dialler, reactor: Reactor, *, idle_links: int, random_float: Callable[[], float] = _random.random
     ) -> None:
-        super().__init__(secrets.token_urlsafe(16), Principal("local", Budget(limits.PROCESS_BYTES)), reactor, _log)
+        super().__init__(secrets.token_urlsafe(16), Principal("local", Budget(limits.PROCESS_BYTES), {}), reactor, _log)
         self._dialler = dialler
         self._demand = Demand(idle_links)
         self._least = idle_links
@@ -165,7 +165,8 @@ class ClientSession(Session):
             return
         if message.version != VERSION:
             self._refusal = ServerRefusedError(
-                f"the server speaks version {message.version} of the tunnel protocol, this client {VERSION}: update the older one"
+                f"the server speaks version {message.version} of the tunnel protocol, this client {VERSION}:"
+                " update the older one"
             )
             self._changed.set()
             raise ProtocolError("version")
@@ -217,7 +218,9 @@ class ClientSession(Session):
         """Carry a connection to the forward's target. Takes the socket over."""
         peer = tcp.peer_name(sock)
         if not self.principal.budget.admitting() or len(self.streams) + len(self._waiting) >= limits.PRINCIPAL_STREAMS:
-            _log.warning("connection reset: too many streams or too much memory held", peer=peer, target=str(forward.target))
+            _log.warning(
+                "connection reset: too many streams or too much memory held", peer=peer, target=str(forward.target)
+            )
             tcp.reset(sock)
         elif self._idle:
             self._open(self._idle.pop(), sock, forward, peer)
@@ -247,7 +250,9 @@ class ClientSession(Session):
             while self._waiting and self._waiting[0].deadline <= now:
                 waiting = self._waiting.popleft()
                 _log.warning(
-                    "connection reset: no link to the server in time", peer=waiting.peer, target=str(waiting.forward.target)
+                    "connection reset: no link to the server in time",
+                    peer=waiting.peer,
+                    target=str(waiting.forward.target),
                 )
                 tcp.reset(waiting.sock)
 
@@ -276,7 +281,7 @@ class ClientSession(Session):
 
 
 def _bind(config: ClientConfig) -> list[tuple[socket.socket, Forward]]:
-    """Listen for every forward. One that cannot be bound is reported, and ends it all only if asked, or if none could."""
+    """Listen for every forward. One that cannot is reported, and ends it all only if asked to, or if none could."""
     listening: list[tuple[socket.socket, Forward]] = []
     for forward in config.local_forwards:
         try:

@@ -58,25 +58,6 @@ class Dialler:
             NetworkError: it was not reached, or something else answered.
         """
         url = self.url
-        with trio.move_on_after(limits.HANDSHAKE_SECONDS):
-            transport = Transport(
-                await dial_server(url.host, url.port), self._context, server_side=False, server_hostname=url.host
-            )
-            try:
-                leftover = await self._upgrade(transport)
-                return transport.detach(), leftover
-            finally:
-                transport.close()
-        raise NetworkError("http", f"{url.authority} did not finish the handshake within {limits.HANDSHAKE_SECONDS:.0f} s")
-
-    async def _upgrade(self, transport: Transport) -> bytes:
-        url = self.url
-        try:
-            await transport.handshake()
-        except OSError as error:  # ssl.SSLError is one
-            raise tls.translate_tls_error(error, url.authority) from error
-        if transport.tls is not None:
-            tls.verify_pins(transport.tls, self._pins)
         upgrade = ClientUpgrade(
             host=url.authority,
             path=url.path,
@@ -84,15 +65,35 @@ class Dialler:
             subprotocol=SUBPROTOCOL,
             headers=(("Authorization", f"Bearer {self._token.reveal()}"), ("User-Agent", AGENT), *self._headers),
         )
+        answered = False
+        with trio.move_on_after(limits.HANDSHAKE_SECONDS):
+            sock = await dial_server(url.host, url.port)
+            transport = Transport(sock, self._context, server_side=False, server_hostname=url.host)
+            try:
+                await self._secure(transport)
+                await transport.send(upgrade.request())
+                while not upgrade.feed(data := await transport.receive(limits.HEAD_BYTES)):
+                    answered = True
+                    if not data:
+                        upgrade.eof()
+                return transport.detach(), upgrade.leftover
+            except OSError as error:  # ssl.SSLError is one
+                raise NetworkError(
+                    "http", f"the connection to {url.authority} broke during the handshake: {error.strerror or error}"
+                ) from error
+            finally:
+                transport.close()
+        if answered:
+            upgrade.eof()  # a refusal whose body never ended
+        raise NetworkError(
+            "http", f"{url.authority} did not finish the handshake within {limits.HANDSHAKE_SECONDS:.0f} s"
+        )
+
+    async def _secure(self, transport: Transport) -> None:
+        """TLS, and proof of who it is, before the token leaves."""
         try:
-            await transport.send(upgrade.request())
-            while True:
-                data = await transport.receive(limits.HEAD_BYTES)
-                if not data:
-                    upgrade.eof()
-                if upgrade.feed(data):
-                    return upgrade.leftover
+            await transport.handshake()
         except OSError as error:
-            raise NetworkError(
-                "http", f"the connection to {url.authority} broke during the handshake: {error.strerror or error}"
-            ) from error
+            raise tls.translate_tls_error(error, self.url.authority) from error
+        if transport.tls is not None:
+            tls.verify_pins(transport.tls, self._pins)

@@ -13,7 +13,7 @@ HEAD_FIELDS = 64
 HANDSHAKE_SECONDS = 10.0
 """From accept (or dial) to the end of the upgrade, TLS included. A stranger can hold a connection no longer."""
 HANDSHAKES = 1024
-"""Connections that are not authenticated yet, at once. Beyond it the oldest is dropped, so strangers cannot lock users out."""
+"""Connections that are not authenticated yet. Beyond it the oldest is dropped: strangers cannot lock users out."""
 REFUSAL_BODY_BYTES = 4 * KIB
 """How much of a refusing response's body the client reads to show its first line."""
 
@@ -23,7 +23,7 @@ CONTROL_PAYLOAD_BYTES = 125
 MESSAGE_BYTES = 16 * KIB
 """A text message (control). The largest that we send is well under 1 KiB."""
 FRAME_BYTES = 256 * KIB
-"""Payload of a data frame that we send: one read of a local socket. Peers' frames may be any size, we never gather them."""
+"""Payload of a data frame that we send: one read of a local socket. Peers' may be any size: we never gather them."""
 CONTROL_QUEUE_BYTES = 64 * KIB
 """Control messages waiting on a link. A peer that makes us queue more is not reading: the link is closed."""
 NUMBER_MAX = 2**53 - 1

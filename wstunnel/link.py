@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from wstunnel import limits
-from wstunnel.errors import ProtocolError
+from wstunnel.errors import LocalError, ProtocolError
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
 from wstunnel.wire.messages import Ack, AnyMessage, Eof, Message, Opened, Ping, Pong, Reset
 from wstunnel.wire.protocol import Buffer, LinkProtocol, PeerClosed, StreamState
@@ -84,7 +84,13 @@ class Link(Handler):
                 sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
             except OSError:
                 pass  # not on this kernel: only the latency beside bulk suffers
-        reactor.adopt(self, sock)
+        try:
+            reactor.adopt(self, sock)
+        except LocalError as error:
+            sock.close()
+            self._detach(str(error))
+            self.owner.lost(self, str(error))
+            return
         if leftover and self.sock is not None:
             self._process(leftover)
         elif self.sock is not None:
@@ -284,7 +290,10 @@ class Link(Handler):
         return size
 
     def _write_pending(self) -> bool:
-        """Go on with the frame that was begun; True once it is out. After SSLWantWriteError the same bytes must come first."""
+        """Go on with the frame that was begun; True once it is out.
+
+        After SSLWantWriteError the next write must begin with the same bytes.
+        """
         assert self.sock is not None
         pending = self._pending
         assert pending is not None
@@ -386,8 +395,10 @@ class Link(Handler):
         self.flush()
 
     def _finish_close(self) -> None:
-        """Our close frame is out. The server ends TCP first (§7.1.1), then reads to EOF: closing with unread input would
-        send a TCP reset that destroys what was sent."""
+        """Our close frame is out. The server ends TCP first (§7.1.1), then reads to EOF.
+
+        Closing with unread input would send a TCP reset that destroys what was sent.
+        """
         protocol = self.protocol
         if self.sock is None or self._shut or not protocol.close_sent:
             return

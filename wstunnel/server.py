@@ -219,17 +219,28 @@ class Server:
             raise ProtocolError("reverse links are not offered", 1008)
         principal = self._principals.get(name)
         if principal is None:
-            principal = self._principals[name] = Principal(name, self._budget)
+            principal = Principal(name, self._budget, self._principals)
         session = self._sessions.get((name, message.session))
         known = session is not None
         if session is None:
             session = self._sessions[name, message.session] = ServerSession(message.session, principal, self)
-            _log.info("client connected", principal=name, peer=link.peer, agent=message.agent, session=logs.hash_id(session.id))
+            _log.info(
+                "client connected",
+                principal=name,
+                peer=link.peer,
+                agent=message.agent,
+                session=logs.hash_id(session.id),
+            )
         del self._greeting[link]
         session.adopt_link(link)
         link.protocol.send(
             Welcome(
-                version=VERSION, server=self._id, boot=self._boot, known=known, keepalive=KEEPALIVE_ADVICE, features=list(FEATURES)
+                version=VERSION,
+                server=self._id,
+                boot=self._boot,
+                known=known,
+                keepalive=KEEPALIVE_ADVICE,
+                features=list(FEATURES),
             )
         )
         link.ping()  # its round trip is wanted for the windows
@@ -301,7 +312,7 @@ def _tls(config: ServerConfig) -> tuple[ssl.SSLContext | None, tuple[bytes, ...]
 def _warn_plain(config: ServerConfig, addresses: tuple[str, ...]) -> None:
     if config.plain and not all(ip_address(address).is_loopback for address in addresses):
         _log.warning(
-            "--plain without TLS on an address that others reach: tokens and data travel in the clear unless a proxy in front ends TLS",
+            "--plain on an address that others reach: tokens travel in the clear unless a proxy in front ends TLS",
             bind=" ".join(addresses),
         )
 
@@ -327,7 +338,10 @@ async def run(
     try:
         context, pins = _tls(config)
         port = listeners[0].getsockname()[1]
-        write_announcement(config.state_dir, Announcement(scheme="ws" if config.plain else "wss", port=port, path=config.path, pins=pins))
+        write_announcement(
+            config.state_dir,
+            Announcement(scheme="ws" if config.plain else "wss", port=port, path=config.path, pins=pins),
+        )
         for listener in listeners:
             tcp.activate(listener)
     except BaseException:
@@ -347,7 +361,9 @@ async def run(
         for name in names:
             _log.announce(f"listening {name}")
         if server.users.empty():
-            _log.warning(f"no users yet: `wstunnel invite{_state_flag(config.state_dir)}` makes one and prints its login URL")
+            _log.warning(
+                f"no users yet: `wstunnel invite{_state_flag(config.state_dir)}` makes one and prints its login URL"
+            )
         systemd.notify("READY=1", f"STATUS=listening on {', '.join(names)}", environ=os.environ)
         task_status.started(names)
         await shutdown.wait()

@@ -27,11 +27,14 @@ class Principal:
     Args:
         name: the user's name.
         process: the budget of the whole process.
+        everyone: all principals of the process, this one among them.
     """
 
-    def __init__(self, name: str, process: Budget) -> None:
+    def __init__(self, name: str, process: Budget, everyone: dict[str, Principal]) -> None:
         self.name = name
         self.budget = Budget(limits.PRINCIPAL_BYTES, process)
+        self.everyone = everyone
+        everyone[name] = self
         self.sessions: set[Session] = set()
         self.tombstones = Tombstones()
         self.links = 0
@@ -119,9 +122,10 @@ class Session:
         code, message = stream.outcome or ("internal", "")
         inbound = stream.inbound.received - (stream.inbound.total is not None)
         fields: dict[str, object] = {
-            "stream": logs.hash_id(stream.state.id), "target": stream.target, "sent": stream.outbound.replay.end, "received": inbound,
-            "seconds": round(self.reactor.now - stream.created, 3), "peer": stream.peer, "principal": self.principal.name,
-            "reason": code,
+            "stream": logs.hash_id(stream.state.id), "target": stream.target,
+            "sent": stream.outbound.replay.end, "received": inbound,
+            "seconds": round(self.reactor.now - stream.created, 3), "peer": stream.peer,
+            "principal": self.principal.name, "reason": code,
         }  # fmt: skip
         if message:
             fields["detail"] = message
@@ -142,14 +146,18 @@ class Session:
             self.reactor.later(self._relieve)
 
     def _relieve(self) -> None:
-        """The budgets are used up: the stream that holds most has to go."""
+        """A budget is used up: the stream that holds most has to go, of the principal or of all."""
         self._relieving = False
-        budget = self.principal.budget
-        while budget.exhausted():
-            streams = [stream for session in self.principal.sessions for stream in session.streams.values()]
-            largest = max(streams, key=_held, default=None)
-            if largest is None or not _held(largest):
-                return  # it is other principals who hold; theirs are reset when they store
+        principal = self.principal
+        while principal.budget.exhausted():
+            full = principal.budget.held >= principal.budget.capacity
+            principals = [principal] if full else list(principal.everyone.values())
+            largest = max(
+                (stream for one in principals for session in one.sessions for stream in session.streams.values()),
+                key=_held,
+            )
+            if not _held(largest):
+                return
             largest.outbound.discard()
             largest.reset("limit", "too much memory is held: the largest stream is reset")
             largest.state.discard()
@@ -168,10 +176,13 @@ class Session:
             stream.refresh()
         for link in list(self.links):
             link.sweep(now)
+        if not self.reactor.reports_hangups:
+            for stream in list(self.streams.values()):
+                if stream.sock is not None and not stream.mask:
+                    stream.on_hangup()
         self._sweeps += 1
         if self._sweeps % HALF_CLOSED_SWEEPS == 0:
             self._sweep_half_closed(now)
-            self.principal.tombstones.sweep(now)
 
     def _sweep_half_closed(self, now: float) -> None:
         for stream in list(self.streams.values()):

@@ -9,6 +9,7 @@ import struct
 from typing import TYPE_CHECKING, Protocol
 
 from wstunnel import limits
+from wstunnel.errors import LocalError
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
 from wstunnel.wire.protocol import StreamState
 
@@ -61,7 +62,7 @@ class Stream(Handler):
     """
 
     __slots__ = (
-        "_read_done", "_started", "_write_failed", "address", "created", "dialling", "inbound", "link", "outbound", "outcome",
+        "_read_done", "_write_failed", "address", "created", "dialling", "inbound", "link", "outbound", "outcome",
         "owner", "peer", "reason", "state", "target",
     )  # fmt: skip
 
@@ -79,7 +80,6 @@ class Stream(Handler):
         self.outcome: tuple[str, str] | None = None
         self.reason: tuple[str, str] | None = None
         self.dialling: trio.CancelScope | None = None
-        self._started = False
         self._read_done = False
         self._write_failed = False
 
@@ -90,8 +90,12 @@ class Stream(Handler):
         if self.outcome is not None or self.reason is not None:
             sock.close()
             return
-        self._started = True
-        reactor.adopt(self, sock)
+        try:
+            reactor.adopt(self, sock)
+        except LocalError as error:
+            sock.close()
+            self.reset("limit", str(error))
+            return
         if len(self.inbound.inbox):
             self._drain()
         self._deliver_end()
@@ -160,12 +164,11 @@ class Stream(Handler):
             return
         mask = 0
         outbound = self.outbound
-        if not self._read_done:
-            if self.link is not None and outbound.queued() < limits.LINK_QUEUE_BYTES:
-                if outbound.room() > 0:
-                    mask = READ
-                elif outbound.limit > outbound.replay.end:
-                    self.owner.stream_starved(self)
+        if not self._read_done and self.link is not None and outbound.queued() < limits.LINK_QUEUE_BYTES:
+            if outbound.room() > 0:
+                mask = READ
+            elif outbound.limit > outbound.replay.end:
+                self.owner.stream_starved(self)
         if self.inbound.inbox.end > self.inbound.inbox.start:
             mask |= WRITE
         if mask != self.mask:
@@ -293,7 +296,7 @@ class Stream(Handler):
         # Else only the last ack lacks: the exchange ends by itself.
 
     def was_reset(self, code: str, message: str) -> None:
-        """The peer's reset (or its answer to ours). The application gets what its socket still takes, then the reset."""
+        """The peer's reset, or its answer to ours. The application gets what its socket still takes, then it."""
         if self.reason is None:
             self.reason = (code, message)
             self._drain()
@@ -315,7 +318,12 @@ class Stream(Handler):
 
     def _clean(self) -> bool:
         outbound, inbound = self.outbound, self.inbound
-        return outbound.total is not None and inbound.total is not None and inbound.consumed > inbound.total and not len(outbound.replay)
+        return (
+            outbound.total is not None
+            and inbound.total is not None
+            and inbound.consumed > inbound.total
+            and not len(outbound.replay)
+        )
 
     def _over(self, code: str, message: str) -> None:
         if self.outcome is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from wstunnel.limits import WINDOW_FIRST, WINDOW_FLOOR, WINDOW_MAX
 
 ROUND_TRIP_FLOOR = 0.002
-"""Seconds. On loopback a round trip is shorter than a turn of the event loop; below this, windows would never grow there."""
+"""Seconds. On loopback a round trip is shorter than a turn of the event loop: windows would never grow there."""
 
 
 class Budget:

@@ -2,8 +2,8 @@
 
     {"type":"open","n":1,"stream":"0123456789abcdefghijkA","target":"tcp:db:5432"}
 
-Every message of the protocol is typed here, also those that this version does not act on yet: a peer sends these only to
-one that lists their feature (see `FEATURES`), so receiving one is a protocol error. The normative text is
+Every message of the protocol is typed here, also those that this version does not act on yet: a peer sends these only
+to one that lists their feature (see `FEATURES`), so receiving one is a protocol error. The normative text is
 docs/reference/protocol.md. Unknown keys are ignored, so that later versions may add some.
 """
 
@@ -21,7 +21,7 @@ SUBPROTOCOL = "wstunnel.1"
 VERSION = 1
 
 FEATURES: tuple[str, ...] = ()
-"""What this version can do beyond the messages that every `wstunnel.1` peer knows. Later: `resume`, `reverse`, `drain`."""
+"""What this version can do beyond what every `wstunnel.1` peer can. Later: `resume`, `reverse`, `drain`."""
 
 Number = Annotated[int, Meta(ge=0, le=NUMBER_MAX)]
 Count = Annotated[int, Meta(ge=1, le=NUMBER_MAX)]

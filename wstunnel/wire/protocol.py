@@ -19,8 +19,31 @@ from wstunnel.limits import CONTROL_QUEUE_BYTES, MESSAGE_BYTES, WINDOW_FIRST
 from wstunnel.wire import messages
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.directions import Inbound, Outbound
-from wstunnel.wire.frames import FrameDecoder, MaskKeys, Opcode, apply_mask, encode_close, encode_frame, encode_header, parse_close
-from wstunnel.wire.messages import Ack, AnyMessage, Bye, Eof, Hello, LinkRole, Message, Open, Opened, Ping, Pong, Reset, Welcome
+from wstunnel.wire.frames import (
+    FrameDecoder,
+    MaskKeys,
+    Opcode,
+    apply_mask,
+    encode_close,
+    encode_frame,
+    encode_header,
+    parse_close,
+)
+from wstunnel.wire.messages import (
+    Ack,
+    AnyMessage,
+    Bye,
+    Eof,
+    Hello,
+    LinkRole,
+    Message,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Reset,
+    Welcome,
+)
 from wstunnel.wire.states import EXCHANGE, EXPECTED, Exchange, ExchangeEvent, Half
 
 Buffer = bytes | memoryview
@@ -94,7 +117,9 @@ class LinkProtocol:
         "close_received", "close_sent", "greeted", "n", "role", "side", "state", "stream",
     )  # fmt: skip
 
-    def __init__(self, side: Literal["client", "server"], *, keys: MaskKeys | None = None, role: LinkRole | None = None) -> None:
+    def __init__(
+        self, side: Literal["client", "server"], *, keys: MaskKeys | None = None, role: LinkRole | None = None
+    ) -> None:
         self.side = side
         self.role = role
         self.state = Exchange.NEW

@@ -13,7 +13,9 @@ from wstunnel.wire.messages import Ack, Bye, Eof, Message, Open, Opened, Ping, P
 
 
 class Half(Enum):
-    """One direction. Sending: ended = our EOF went out, done = it was acked. Receiving: ended = the peer's EOF came, done = we acked it."""
+    """One direction. Sending: ended = our EOF went out, done = it was acked. Receiving: ended = the peer's EOF came,
+    done = we acked it.
+    """
 
     OPEN = "open"
     ENDED = "ended"
@@ -74,4 +76,4 @@ EXPECTED: dict[Exchange, frozenset[type[Message]]] = {
     Exchange.RESETTING: frozenset({Opened, Ack, Eof, Reset, Ping, Pong}),
     Exchange.CLOSED: frozenset(),
 }
-"""Messages that may come in each state once the peer has greeted. Those that name a lower `n` than the link's are ignored."""
+"""Messages that may come in each state after the greeting. Those with a lower `n` than the link's are ignored."""

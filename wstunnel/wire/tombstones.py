@@ -8,8 +8,8 @@ from wstunnel.limits import PRINCIPAL_TOMBSTONES, TOMBSTONE_SECONDS
 class Tombstones:
     """Finished and refused ids of one principal.
 
-    One goes when the peer opens again on the same link (`forget`), else after `seconds` (`sweep`); beyond `capacity` the
-    oldest goes.
+    One goes when the peer opens again on the same link (`forget`), else after `seconds` (`sweep`); beyond `capacity`
+    the oldest goes.
     """
 
     __slots__ = ("_capacity", "_seconds", "_stones")
