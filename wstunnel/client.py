@@ -106,6 +106,9 @@ class ClientSession(Session):
                 await self._changed.wait()
 
     def _missing(self) -> int:
+        if not self._welcomed:
+            # The first one finds out whether the server takes us at all: one refusal in its log, not twelve.
+            return int(not self._dialling and not self.links)
         return links_to_dial(
             wanted=self._demand.wanted() + (self._control is None),
             idle=len(self._idle),

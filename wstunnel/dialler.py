@@ -78,8 +78,10 @@ class Dialler:
                         upgrade.eof()
                 return transport.detach(), upgrade.leftover
             except OSError as error:  # ssl.SSLError is one
+                hint = "; it may speak TLS: try wss://" if url.scheme == "ws" and not answered else ""
+                reason = error.strerror or error
                 raise NetworkError(
-                    "http", f"the connection to {url.authority} broke during the handshake: {error.strerror or error}"
+                    "http", f"the connection to {url.authority} broke during the handshake: {reason}{hint}"
                 ) from error
             finally:
                 transport.close()
