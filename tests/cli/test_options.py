@@ -1,0 +1,83 @@
+"""Shared flags and their grammars."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from wstunnel.cli import options, reports
+from wstunnel.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("[::1]", "::1"), ("0:0::1", "::1"), ("fe80::1%eth0", "fe80::1%eth0")],
+)
+def test_bind(text: str, address: str) -> None:
+    assert options.parse_bind(text) == address
+
+
+@pytest.mark.parametrize("text", ["", "localhost", "127.1", "1.2.3.4:80", "[::1", "[]", "*", "unix:/x"])
+def test_bind_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        options.parse_bind(text)
+    assert caught.value.grammar == options.BIND_GRAMMAR
+
+
+@pytest.mark.parametrize("text", ["/", "/tunnel", "/a/b.c~d_e-f", "/%20x", "/a:b@c;d=e!$&'()*+,"])
+def test_path(text: str) -> None:
+    assert options.parse_path(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        ("", 0),
+        ("tunnel", 0),
+        ("/a b", 2),
+        ("/a?b", 2),
+        ("/#", 1),
+        ("/é", 1),
+        ("/\n", 1),
+        ("/a%2", 2),
+        ("/[", 1),
+        ("/\x7f", 1),
+    ],
+)
+def test_path_refused(text: str, position: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        options.parse_path(text)
+    assert caught.value.position == position
+    assert caught.value.grammar == options.PATH_GRAMMAR
+
+
+def test_an_argument_s_error_has_no_flag() -> None:
+    parameter = click.Argument(["bind"])
+    with pytest.raises(UsageError, match=r"^not an IP address"):
+        options.BIND.convert("x", parameter, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "level"),
+    [
+        ([], 0),
+        (["-v"], 1),
+        (["-vv"], 2),
+        (["-q"], -1),
+        (["-v", "-q"], 0),
+        (["-qq"], -2),
+        (["--verbose", "-v", "--quiet"], 1),
+    ],
+)
+def test_verbosity(arguments: list[str], level: int) -> None:
+    seen: list[int] = []
+
+    @click.command()
+    @options.logging
+    @click.pass_context
+    def command(ctx: click.Context, log_format: str) -> None:
+        assert log_format == "text"
+        seen.append(reports.verbosity(ctx))
+
+    command.main(arguments, standalone_mode=False)
+    assert seen == [level]

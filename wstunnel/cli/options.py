@@ -1,0 +1,122 @@
+"""Flags that several commands share, and the types of flags that have a grammar."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import click
+
+from wstunnel.cli import reports
+from wstunnel.errors import UsageError
+
+T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+BIND_GRAMMAR = "an IP address such as 127.0.0.1 or ::1"
+PATH_GRAMMAR = "an absolute path such as / or /tunnel, without spaces, '?' or '#'"
+
+
+class Parsed(click.ParamType[T], Generic[T]):
+    """A flag whose value has a grammar. An error names the flag, points at the part at fault and shows the grammar.
+
+    Args:
+        name: the metavar, such as `SPEC`.
+        parse: text to value; raises UsageError. What it needs is imported when it is called, not before.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], T]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> T:
+        try:
+            return self._parse(value)
+        except UsageError as error:
+            flag = f"{param.opts[0]}: " if isinstance(param, click.Option) else ""
+            raise UsageError(
+                f"{flag}{error.message}", text=error.text, position=error.position, grammar=error.grammar
+            ) from None
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.name
+
+
+def parse_bind(text: str) -> str:
+    """An address to listen on, as the system writes it: `[::1]` and `::1` are the same.
+
+    Raises:
+        UsageError: not an IP address.
+    """
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        return str(ipaddress.ip_address(bare))
+    except ValueError:
+        raise UsageError("not an IP address", text=text, grammar=BIND_GRAMMAR) from None
+
+
+def parse_path(text: str) -> str:
+    """The path of the server's URL.
+
+    Raises:
+        UsageError: it does not begin with a slash, or holds what a request line cannot.
+    """
+    if not text.startswith("/"):
+        raise UsageError("a path begins with '/'", text=text, grammar=PATH_GRAMMAR)
+    wrong = re.search(r"[^!$-;=@-Z_a-z~]|%(?![0-9A-Fa-f]{2})", text)  # RFC 3986 §3.3: pchar and "/"
+    if wrong:
+        raise UsageError("not a character of a URL's path", text=text, position=wrong.start(), grammar=PATH_GRAMMAR)
+    return text
+
+
+def _parse_pin(text: str) -> bytes:
+    from wstunnel.auth import parse_pin
+
+    return parse_pin(text)
+
+
+# click's own look at a file would make an unreadable one a mistake in usage: whoever opens it says it better.
+FILE = click.Path(readable=False, path_type=Path)
+DIRECTORY = click.Path(readable=False, path_type=Path)
+BIND = Parsed("ADDR", parse_bind)
+PATH = Parsed("PATH", parse_path)
+PIN = Parsed("SHA256", _parse_pin)
+
+
+def state_dir(command: Command) -> Command:
+    """Add `--state-dir`."""
+    return click.option(
+        "--state-dir",
+        type=DIRECTORY,
+        metavar="DIR",
+        help="Where certificate and users are kept.  [default: $STATE_DIRECTORY, else wstunnel in the XDG state home]",
+    )(command)
+
+
+def profile(command: Command) -> Command:
+    """Add `--profile`; the command gets `None` where it was not given."""
+    return click.option("--profile", metavar="NAME", help="Which saved login URL.  [default: default]")(command)
+
+
+def logging(command: Command) -> Command:
+    """Add `-v`, `-q` and `--log-format`; the command gets `log_format`, and the others by `reports.verbosity`."""
+    command = click.option(
+        "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to log."
+    )(command)
+    command = click.option("-q", "--quiet", count=True, expose_value=False, callback=_quieter, help="Say less.")(
+        command
+    )
+    return click.option(
+        "-v", "--verbose", count=True, expose_value=False, callback=_louder, help="Say more; twice for everything."
+    )(command)
+
+
+def _louder(ctx: click.Context, _param: click.Parameter, value: int) -> None:
+    ctx.meta[reports.VERBOSITY] = reports.verbosity(ctx) + value
+
+
+def _quieter(ctx: click.Context, _param: click.Parameter, value: int) -> None:
+    ctx.meta[reports.VERBOSITY] = reports.verbosity(ctx) - value

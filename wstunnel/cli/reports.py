@@ -1,0 +1,141 @@
+"""What the person at the terminal reads: results on stdout, all else on stderr, a failure as one message and a code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import TextIO
+
+import click
+
+from wstunnel import __version__
+from wstunnel.errors import LocalError, WstunnelError
+
+VERBOSITY = "wstunnel.verbosity"
+"""Key in `click.Context.meta`: how often `-v` was given, less how often `-q`."""
+TRACEBACK_VERBOSITY = 2
+"""From `-vv` on, an unexpected error shows its traceback."""
+
+
+class UnexpectedError(Exception):
+    """A bug: an exception that is not of the tree came out of a role. The cause is the exception itself.
+
+    It exists so that a role's stray `BrokenPipeError` is not taken for a closed stdout and passed over in silence.
+    """
+
+
+def verbosity(ctx: click.Context) -> int:
+    """The verbosity that the command line asked for; 0 unless it did."""
+    value = ctx.meta.get(VERBOSITY, 0)
+    assert isinstance(value, int)  # options.py is the only writer
+    return value
+
+
+def say(text: str) -> None:
+    """Write a result line to stdout, at once.
+
+    Raises:
+        click.exceptions.Exit: stdout's reader has gone; nothing is printed, as in `wstunnel profiles | head -1`.
+        LocalError: stdout cannot be written (a full disk).
+    """
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        _discard_stdout()
+        raise click.exceptions.Exit(1) from None
+    except OSError as error:
+        _discard_stdout()
+        raise LocalError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def tell(text: str) -> None:
+    """Write a line to stderr that is not a result. A stderr that nobody reads is no reason to fail."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        pass  # there is nowhere left to say so
+
+
+def warn(text: str) -> None:
+    """Write a warning to stderr."""
+    tell(f"wstunnel: {_paint('warning', 'yellow')}: {text}")
+
+
+def complain(text: str) -> None:
+    """Write an error to stderr. Lines after the first go below it as they are."""
+    tell(f"wstunnel: {_paint('error', 'red')}: {text}")
+
+
+def usage(error: click.ClickException) -> None:
+    """Say what is wrong with the command line, and how the right one reads."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        tell(error.format_message())  # the help page itself
+        return
+    ctx = error.ctx if isinstance(error, click.UsageError) else None
+    complain(error.format_message())
+    if ctx is not None:
+        tell(f"{ctx.get_usage()}\nTry '{ctx.command_path} --help'.")
+
+
+def failure(error: Exception, level: int) -> int:
+    """Report `error` and return the exit code.
+
+    Args:
+        error: what came out of a command; of a group, the error of the tree inside it counts.
+        level: the verbosity; from 2 on an unexpected error is followed by its traceback.
+    """
+    found = unwrapped(error)
+    if isinstance(found, click.exceptions.Exit):
+        return found.exit_code
+    if isinstance(found, BrokenPipeError):  # only click's own output gets here; a role's is an UnexpectedError
+        _discard_stdout()
+        return 1
+    if isinstance(found, WstunnelError):
+        complain(str(found))
+        return found.exit_code
+    cause = found.__cause__ if isinstance(found, UnexpectedError) and found.__cause__ is not None else found
+    text = " ".join(f"{type(cause).__name__}: {cause}".split())
+    complain(f"unexpected {text} - a bug in wstunnel {__version__}, please report it (-vv shows where it happened)")
+    if level >= TRACEBACK_VERBOSITY:
+        tell("".join(traceback.format_exception(error)).rstrip())
+    return 1
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The one exception of a group that says most: of the tree, else a wish to exit, else whatever comes first."""
+    leaves = list(_leaves(error))
+    for wanted in (WstunnelError, click.exceptions.Exit):
+        for leaf in leaves:
+            if isinstance(leaf, wanted):
+                return leaf
+    return leaves[0]
+
+
+def colourful(stream: TextIO) -> bool:
+    """Whether colours may be written to `stream`: a terminal that can, and no NO_COLOR (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield from _leaves(member)
+    else:
+        yield error
+
+
+def _paint(text: str, colour: str) -> str:
+    return click.style(text, fg=colour, bold=True) if colourful(sys.stderr) else text
+
+
+def _discard_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush does not complain on its own."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return  # not a real file: a test's buffer
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
