@@ -14,11 +14,11 @@ from wstunnel.cli.group import COMMANDS, wstunnel
 
 FLAGS = {
     "server": "--port --bind --path --plain --cert --key --allow --state-dir -v -q --log-format",
-    "invite": "--host --state-dir",
-    "login": "--profile",
-    "profiles": "",
+    "invite": "--host --state-dir -v -q",
+    "login": "--profile -v -q",
+    "profiles": "-v -q",
     "client": "-L --profile --ca --pin --idle-links --exit-on-forward-failure -v -q --log-format",
-    "demo": "",
+    "demo": "-v -q",
 }
 SIGNAL_ON_IMPORT = """
 import os, signal, sys

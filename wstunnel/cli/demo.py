@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from wstunnel.cli import reports
+from wstunnel.cli import options, reports
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +42,7 @@ class Plan:
       wstunnel demo
     """
 )
+@options.verbosity
 def demo() -> int:
     """Show the whole thing at work on this machine.
 

@@ -39,6 +39,7 @@ def _parse_host(text: str) -> tuple[str, int | None]:
     help="How clients reach the server.  [default: this machine's name, and the server's port]",
 )
 @options.state_dir
+@options.verbosity
 def invite(name: str, host: tuple[str, int | None] | None, state_dir: Path | None) -> int:
     """Make a token for a user and print the login URL.
 

@@ -26,6 +26,7 @@ LINE_CHARACTERS = 16 * 1024
 )
 @click.argument("url", required=False)
 @options.profile
+@options.verbosity
 def login(url: str | None, profile: str | None) -> int:
     """Save the login URL from `wstunnel invite`.
 

@@ -101,17 +101,23 @@ def profile(command: Command) -> Command:
     return click.option("--profile", metavar="NAME", help="Which saved login URL.  [default: default]")(command)
 
 
-def logging(command: Command) -> Command:
-    """Add `-v`, `-q` and `--log-format`; the command gets `log_format`, and the others by `reports.verbosity`."""
-    command = click.option(
-        "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to log."
-    )(command)
+def verbosity(command: Command) -> Command:
+    """Add `-v` and `-q`, which every command has; what they ask for is `reports.verbosity`."""
     command = click.option("-q", "--quiet", count=True, expose_value=False, callback=_quieter, help="Say less.")(
         command
     )
     return click.option(
         "-v", "--verbose", count=True, expose_value=False, callback=_louder, help="Say more; twice for everything."
     )(command)
+
+
+def logging(command: Command) -> Command:
+    """Add `-v`, `-q` and `--log-format`, for commands that keep a log; the command gets `log_format`."""
+    return verbosity(
+        click.option(
+            "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to log."
+        )(command)
+    )
 
 
 def _louder(ctx: click.Context, _param: click.Parameter, value: int) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from wstunnel.cli import reports
+from wstunnel.cli import options, reports
 from wstunnel.errors import LocalError
 
 BROKEN = "cannot be used"
@@ -23,6 +23,7 @@ BROKEN = "cannot be used"
     The star marks the one that `wstunnel client` takes unless told otherwise.
     """
 )
+@options.verbosity
 def profiles() -> int:
     """List the saved profiles, without their tokens."""
     from wstunnel.profiles import DEFAULT_PROFILE, URL_VARIABLE, list_profiles, load_profile

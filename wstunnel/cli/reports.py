@@ -51,7 +51,13 @@ def say(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Write a line to stderr that is not a result. A stderr that nobody reads is no reason to fail."""
+    """Write a hint to stderr, unless `-q` was given. A stderr that nobody reads is no reason to fail."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is None or verbosity(ctx) >= 0:
+        _write(text)
+
+
+def _write(text: str) -> None:
     try:
         click.echo(text, err=True)
     except OSError:
@@ -60,23 +66,23 @@ def tell(text: str) -> None:
 
 def warn(text: str) -> None:
     """Write a warning to stderr."""
-    tell(f"wstunnel: {_paint('warning', 'yellow')}: {text}")
+    _write(f"wstunnel: {_paint('warning', 'yellow')}: {text}")
 
 
 def complain(text: str) -> None:
     """Write an error to stderr. Lines after the first go below it as they are."""
-    tell(f"wstunnel: {_paint('error', 'red')}: {text}")
+    _write(f"wstunnel: {_paint('error', 'red')}: {text}")
 
 
 def usage(error: click.ClickException) -> None:
     """Say what is wrong with the command line, and how the right one reads."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        tell(error.format_message())  # the help page itself
+        _write(error.format_message())  # the help page itself
         return
     ctx = error.ctx if isinstance(error, click.UsageError) else None
     complain(error.format_message())
     if ctx is not None:
-        tell(f"{ctx.get_usage()}\nTry '{ctx.command_path} --help'.")
+        _write(f"{ctx.get_usage()}\nTry '{ctx.command_path} --help'.")
 
 
 def failure(error: Exception, level: int) -> int:
@@ -99,7 +105,7 @@ def failure(error: Exception, level: int) -> int:
     text = " ".join(f"{type(cause).__name__}: {cause}".split())
     complain(f"unexpected {text} - a bug in wstunnel {__version__}, please report it (-vv shows where it happened)")
     if level >= TRACEBACK_VERBOSITY:
-        tell("".join(traceback.format_exception(error)).rstrip())
+        _write("".join(traceback.format_exception(error)).rstrip())
     return 1
 
 
