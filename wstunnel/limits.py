@@ -22,6 +22,8 @@ CONTROL_PAYLOAD_BYTES = 125
 """RFC 6455 §5.5: all control frames MUST have a payload length of 125 bytes or less."""
 MESSAGE_BYTES = 16 * KIB
 """A text message (control). The largest that we send is well under 1 KiB."""
+MESSAGE_BRACKETS = 256
+"""Opening brackets in a control message, and so its depth: decoders fail at depths that differ with the interpreter."""
 FRAME_BYTES = 256 * KIB
 """Payload of a data frame that we send: one read of a local socket. Peers' may be any size: we never gather them."""
 CONTROL_QUEUE_BYTES = 64 * KIB

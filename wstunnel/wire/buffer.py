@@ -78,3 +78,8 @@ class OffsetBuffer:
                 self._near -= gone
             else:
                 self._near, self._near_start = 0, first
+
+    def restart(self, offset: int) -> None:
+        """Forget everything: the direction goes on at `offset`."""
+        self._blocks.clear()
+        self.start = self.end = offset

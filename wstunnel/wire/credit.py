@@ -74,7 +74,7 @@ class ReceiveWindow:
         self.limit = size
         self.acked = 0
         self._mark = 0
-        self._mark_time = 0.0
+        self._mark_time = float("-inf")
 
     def due(self, consumed: int) -> bool:
         """Whether an ack is worth a message: a quarter of the window last sent was consumed since."""
@@ -89,10 +89,12 @@ class ReceiveWindow:
             round_trip: the link's smallest, in seconds.
             budget: what the stream's principal holds.
         """
-        if consumed - self._mark >= self.size:
-            quick = now - self._mark_time <= 2 * max(round_trip, ROUND_TRIP_FLOOR)
-            if quick and budget.growing():
+        within = now - self._mark_time <= 2 * max(round_trip, ROUND_TRIP_FLOOR)
+        if within and consumed - self._mark >= self.size:
+            if budget.growing():
                 self.size = min(2 * self.size, WINDOW_MAX)
+            self._mark, self._mark_time = consumed, now
+        elif not within:
             self._mark, self._mark_time = consumed, now
         if self.size > WINDOW_FLOOR and not budget.admitting():
             self.size = max(self.size // 2, WINDOW_FLOOR)

@@ -24,12 +24,13 @@ class Outbound:
         state: `Half.ENDED` once our `eof` went out, `Half.DONE` once it was acked.
     """
 
-    __slots__ = ("budget", "cursor", "limit", "replay", "state", "total")
+    __slots__ = ("budget", "cursor", "discarded", "limit", "replay", "state", "total")
 
     def __init__(self, budget: Budget, limit: int = WINDOW_FIRST) -> None:
         self.budget = budget
         self.replay = OffsetBuffer()
         self.cursor = 0
+        self.discarded = False
         self.limit = limit
         self.total: int | None = None
         self.state = Half.OPEN
@@ -65,7 +66,7 @@ class Outbound:
 
     def eof_due(self) -> bool:
         """Whether all bytes are on the link and `eof` is not."""
-        return self.total is not None and self.cursor == self.total and self.state is Half.OPEN
+        return self.cursor == self.total and self.state is Half.OPEN and not self.discarded
 
     def eof_sent(self) -> int:
         """Note that `eof` goes onto the link; returns its total."""
@@ -83,7 +84,7 @@ class Outbound:
         base = self.replay.start if self.state is not Half.DONE else sent
         if consumed > sent:
             raise ProtocolError(f"ack of {consumed}, only {sent} were sent")
-        if consumed < base:
+        if consumed < base and not self.discarded:
             raise ProtocolError(f"ack went back from {base} to {consumed}")
         if limit < self.limit:
             raise ProtocolError(f"limit fell from {self.limit} to {limit}")
@@ -96,10 +97,10 @@ class Outbound:
             self.replay.release(released)
 
     def discard(self) -> None:
-        """Forget the bytes held: the stream was reset."""
+        """Forget the bytes held: the stream is reset. Acks of what is on the link may still come; no EOF goes out."""
+        self.discarded = True
         self.budget.charge(-len(self.replay))
-        self.replay.release(self.replay.end)
-        self.cursor = self.replay.end
+        self.replay.restart(self.cursor)
 
 
 class Inbound:
@@ -164,8 +165,7 @@ class Inbound:
     def passed(self, size: int) -> None:
         """The application took `size` bytes that were never stored; the inbox is empty."""
         self.consumed += size
-        inbox = self.inbox
-        inbox.start = inbox.end = self.consumed
+        self.inbox.restart(self.consumed)
 
     def taken(self, size: int) -> None:
         """The application took `size` bytes of the inbox."""

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from wstunnel.errors import ProtocolError
-from wstunnel.limits import MESSAGE_BYTES, NUMBER_MAX
+from wstunnel.limits import MESSAGE_BRACKETS, MESSAGE_BYTES, NUMBER_MAX
 
 SUBPROTOCOL = "wstunnel.1"
 VERSION = 1
@@ -214,9 +214,9 @@ def decode(data: bytes | bytearray) -> AnyMessage:
     """
     if len(data) > MESSAGE_BYTES:
         raise ProtocolError(f"control message of more than {MESSAGE_BYTES} bytes")
+    if data.count(b"[") + data.count(b"{") > MESSAGE_BRACKETS:
+        raise ProtocolError("bad control message: nested too deeply")
     try:
         return _decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        # Deep nesting raises RecursionError; it carries nothing worth repeating.
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ProtocolError(f"bad control message: {why}"[:120]) from None
+        raise ProtocolError(f"bad control message: {error}"[:120]) from None

@@ -113,7 +113,7 @@ class LinkProtocol:
     """
 
     __slots__ = (
-        "_control", "_control_bytes", "_decoder", "_keys", "_pong", "_pong_number", "_text",
+        "_control", "_control_bytes", "_decoder", "_keys", "_ping", "_pong", "_pong_number", "_text",
         "close_received", "close_sent", "greeted", "n", "role", "side", "state", "stream",
     )  # fmt: skip
 
@@ -133,6 +133,7 @@ class LinkProtocol:
         self._text: bytearray | None = None
         self._control: list[Buffer] = []
         self._control_bytes = 0
+        self._ping = False
         self._pong: bytes | None = None
         self._pong_number: int | None = None
 
@@ -183,7 +184,7 @@ class LinkProtocol:
                 return messages.decode(bytes(payload))
             self._text = bytearray()
         if len(self._text) + len(payload) > MESSAGE_BYTES:
-            raise ProtocolError(f"control message of more than {MESSAGE_BYTES} bytes", 1009)
+            raise ProtocolError(f"control message of more than {MESSAGE_BYTES} bytes")
         self._text += payload
         if not last:
             return None
@@ -296,8 +297,7 @@ class LinkProtocol:
 
     def websocket_ping(self) -> None:
         """Queue a ping frame of RFC 6455: it keeps proxies awake that do not count text messages."""
-        if not self.close_sent:
-            self._control.append(self._frame(Opcode.PING, b""))
+        self._ping = True
 
     def pull(self, size: int, now: float, round_trip: float) -> list[Buffer]:
         """What goes onto the connection next: the control messages, at most one data frame, and what follows it.
@@ -312,30 +312,20 @@ class LinkProtocol:
             next append to the stream.
         """
         out: list[Buffer] = self._control
-        if self._pong is not None and not self.close_sent:
-            out.append(self._frame(Opcode.PONG, self._pong))
-            self._pong = None
-        if self._pong_number is not None and not self.close_sent:
-            out.append(self._frame(Opcode.TEXT, messages.encode(Pong(number=self._pong_number))))
-            self._pong_number = None
+        if not self.close_sent:
+            self._pull_pings(out)
         stream = self.stream
-        if stream is not None and self.state is Exchange.BUSY:
-            inbound = stream.inbound
+        if stream is not None and self.state is Exchange.BUSY and not self._pull_reset(out, stream):
+            inbound, outbound = stream.inbound, stream.outbound
             # Silence after the end: nothing is acked beyond the ack of the peer's EOF.
             if (stream.ack_wanted and inbound.state is not Half.DONE) or inbound.ack_due():
                 stream.ack_wanted = False
                 consumed, limit = inbound.grant(now, round_trip)
                 out.append(self._frame(Opcode.TEXT, messages.encode(Ack(n=self.n, consumed=consumed, limit=limit))))
-            outbound = stream.outbound
             view = outbound.take(size)
             if view is not None:
                 self._data(out, view)
-            # The ack above may have been the last thing that this end may send.
-            if stream.reset_wanted is not None and not outbound.queued() and stream.resettable():
-                code, reason = stream.reset_wanted
-                out.append(self._frame(Opcode.TEXT, messages.encode(Reset(n=self.n, code=code, message=reason))))
-                self._move(ExchangeEvent.RESET_SENT)
-            else:
+            if not self._pull_reset(out, stream):
                 if outbound.eof_due():
                     total = outbound.eof_sent()
                     out.append(self._frame(Opcode.TEXT, messages.encode(Eof(n=self.n, total=total))))
@@ -344,6 +334,29 @@ class LinkProtocol:
             self._control = []
             self._control_bytes = 0
         return out
+
+    def _pull_pings(self, out: list[Buffer]) -> None:
+        if self._ping:
+            out.append(self._frame(Opcode.PING, b""))
+            self._ping = False
+        if self._pong is not None:
+            out.append(self._frame(Opcode.PONG, self._pong))
+            self._pong = None
+        if self._pong_number is not None:
+            out.append(self._frame(Opcode.TEXT, messages.encode(Pong(number=self._pong_number))))
+            self._pong_number = None
+
+    def _pull_reset(self, out: list[Buffer], stream: StreamState) -> bool:
+        """The reset that the stream wants, if its time has come: all queued data is out, and it is still allowed.
+
+        Asked before the acks, too: one of them may be the last thing that this end may send.
+        """
+        if stream.reset_wanted is None or stream.outbound.queued() or not stream.resettable():
+            return False
+        code, reason = stream.reset_wanted
+        out.append(self._frame(Opcode.TEXT, messages.encode(Reset(n=self.n, code=code, message=reason))))
+        self._move(ExchangeEvent.RESET_SENT)
+        return True
 
     def _data(self, out: list[Buffer], view: memoryview) -> None:
         """One binary frame. RFC 6455 §5.3: every client frame has a fresh, unpredictable key."""
