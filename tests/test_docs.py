@@ -1,0 +1,402 @@
+"""The documentation against the code: what can be compared is compared."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import click
+import msgspec
+import pytest
+
+from wstunnel import limits
+from wstunnel.cli.group import COMMANDS, wstunnel
+from wstunnel.dial import _MOST_TELLING
+from wstunnel.wire import handshake, messages
+from wstunnel.wire.credit import Budget
+from wstunnel.wire.http1 import RequestReader
+from wstunnel.wire.masking import MaskKeys
+from wstunnel.wire.messages import Hello, Open, Ping, Welcome
+from wstunnel.wire.protocol import LinkProtocol, StreamState
+from wstunnel.wire.states import EXCHANGE, EXPECTED, Exchange
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts and "changelog.d" not in path.parts)
+PACKAGE = Path(limits.__file__).parent  # CI tests the installed one
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PROTOCOL = DOCS / "reference" / "protocol.md"
+TROUBLESHOOT = DOCS / "how-to" / "troubleshoot.md"
+LIMITS = DOCS / "reference" / "limits.md"
+COMMAND_LINE = DOCS / "reference" / "command-line.md"
+
+
+def section(page: Path, heading: str) -> str:
+    """The text below a heading, up to the next heading of the same or a higher level."""
+    text = page.read_text()
+    found = re.search(rf"^(#+) {re.escape(heading)}\n", text, re.MULTILINE)
+    assert found, f"{page.name} has no heading {heading!r}"
+    rest = text[found.end() :]
+    end = re.search(rf"^#{{1,{len(found[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row, heads and rules left out."""
+    table = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")
+    ]
+    rules = {index for index, row in enumerate(table) if set("".join(row)) <= set("-| :")}
+    return [row for index, row in enumerate(table) if index not in rules and index + 1 not in rules]
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# --- README ---------------------------------------------------------------------------------------------------------
+
+
+def test_readme_has_exactly_the_two_marked_commands() -> None:
+    text = README.read_text()
+    marked = dict(re.findall(r"^<!-- (demo|test) -->\n```bash\n(.+)\n```$", text, re.MULTILINE))
+    assert marked == {
+        "demo": "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/wstunnel demo",
+        "test": "python3 -m venv .venv && .venv/bin/pip install -q '.[all,test]' && .venv/bin/python -m pytest",
+    }
+    assert text.count("```bash") == 2
+    assert text.count("<!--") == 2
+
+
+def test_readme_maps_every_module() -> None:
+    shown = section(README, "Map of the source")
+    for path in SOURCES:
+        if path.name not in ("__init__.py", "__main__.py"):
+            name = path.relative_to(PACKAGE).as_posix()
+            assert f"`{name}`" in shown, f"the README's map lacks {name}"
+    for name in re.findall(r"`([a-z0-9_/]+\.py)`", shown.replace("`tests/test_map.py`", "")):
+        assert (PACKAGE / name).exists(), f"the README's map has {name}, which is gone"
+
+
+def test_readme_lists_every_command() -> None:
+    assert [code(row[0])[0].split()[1] for row in rows(section(README, "Commands"))] == list(COMMANDS)
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+def slugs(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and MyST make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_relative_links_resolve(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in slugs(path), f"{page.name} links to {target}, which has no such heading"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = set(re.findall(r"^([\w/-]+)$", (DOCS / "index.md").read_text(), re.MULTILINE))
+    assert listed == {path.relative_to(DOCS).with_suffix("").as_posix() for path in PAGES} - {"index"}
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def shown_number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def test_limits_page_lists_every_constant_with_its_value() -> None:
+    found = {code(row[0])[0]: row[1] for row in rows(LIMITS.read_text()) if "." not in row[0]}
+    constants = {name: shown_number(value) for name, value in vars(limits).items() if name.isupper()}
+    assert found == constants
+
+
+def test_limits_page_is_right_about_constants_elsewhere() -> None:
+    found = [(code(row[0])[0], row[1]) for row in rows(LIMITS.read_text()) if "." in row[0]]
+    assert found
+    for name, shown in found:
+        module, _, constant = name.rpartition(".")
+        assert shown == shown_number(getattr(importlib.import_module(f"wstunnel.{module}"), constant)), name
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_line_page_lists_every_flag_and_no_other(name: str) -> None:
+    command = wstunnel.get_command(click.Context(wstunnel), name)
+    assert command is not None
+    flags = {flag for param in command.params if isinstance(param, click.Option) for flag in param.opts}
+    text = section(COMMAND_LINE, f"wstunnel {name}") + section(COMMAND_LINE, "Flags of every command")
+    found = {flag.split()[0] for row in rows(text) for flag in code(row[0]) if flag.startswith("-")}
+    assert found == flags | {"-h", "--help"}
+
+
+def test_command_line_page_names_every_variable() -> None:
+    read: set[str] = set()
+    for path in SOURCES:
+        read |= set(re.findall(r"environ(?:\.get\(|\[)\s*\"([A-Z_]+)\"", path.read_text()))
+        read |= set(re.findall(r"home_directory\(environ, \"([A-Z_]+)\"", path.read_text()))
+    read -= {"PYTHONPATH"}  # Python's own, which the demo hands on
+    text = section(COMMAND_LINE, "Environment")
+    assert {"HOME", "STATE_DIRECTORY", "XDG_STATE_HOME", "XDG_CONFIG_HOME"} <= read
+    for name in read | {"WSTUNNEL_URL"}:
+        assert f"`{name}`" in text, name
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+def test_troubleshooting_quotes_what_the_program_says() -> None:
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    strings = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    said = "\n".join(str(node.value) for node in strings if node not in docstrings)
+    for row in rows(TROUBLESHOOT.read_text()):
+        for quoted in code(row[0]):
+            for piece in quoted.removeprefix("reason=").split("…"):
+                words = piece.strip(" :;,()")
+                assert words in said, f"nobody says {words!r} any more"
+
+
+# --- the protocol ---------------------------------------------------------------------------------------------------
+
+KINDS = messages.AnyMessage.__args__  # type: ignore[attr-defined]
+TYPES: dict[Any, str] = {
+    messages.Number: "number",
+    messages.Count: "count",
+    messages.Id: "id",
+    messages.Text: "text",
+    messages.Name: "name",
+    messages.Features: "names",
+    messages.LinkRole: "role",
+    messages.Outcome: "outcome",
+    bool: "boolean",
+}
+
+
+def type_word(hint: Any) -> str:
+    if hint in TYPES:
+        return TYPES[hint]
+    for part in get_args(hint):
+        if part in TYPES:
+            return TYPES[part]
+    return "ids"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_protocol_page_has_every_message_and_field(kind: type[msgspec.Struct]) -> None:
+    hints = get_type_hints(kind, include_extras=True)
+    fields = {
+        field.name: (type_word(hints[field.name]), "required" if field.required else "optional")
+        for field in msgspec.structs.fields(kind)
+    }
+    text = section(PROTOCOL, f"`{kind.__name__.lower()}`")
+    assert {code(row[0])[0]: (row[1], row[2]) for row in rows(text)} == fields
+
+
+def test_protocol_page_marks_what_is_not_live() -> None:
+    live = {"hello", "welcome", "open", "opened", "ack", "eof", "reset", "ping", "pong", "bye"}
+    assert messages.FEATURES == (), "a feature was built: the page says that there is none"
+    for kind in KINDS:
+        name = kind.__name__.lower()
+        marked = "**Defined, not live:**" in section(PROTOCOL, f"`{name}`")
+        assert marked is (name not in live), name
+
+
+def test_protocol_page_has_the_state_tables() -> None:
+    shown = {
+        (code(row[0])[0], code(row[1])[0]): code(row[2])[0]
+        for row in rows(section(PROTOCOL, "States of a link: transitions"))
+    }
+    assert shown == {
+        (state.value, event.value): to.value
+        for (state, event), to in EXCHANGE.items()
+        if state is not to or event.value != "closed"
+    }
+    expected = {
+        code(row[0])[0]: set(code(row[1])) for row in rows(section(PROTOCOL, "States of a link: what may come"))
+    }
+    assert expected == {state.value: {kind.__name__.lower() for kind in kinds} for state, kinds in EXPECTED.items()}
+
+
+def calls(name: str) -> Iterator[ast.Call]:
+    """Every call of a function or method of this name in the package."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and name == getattr(node.func, "attr", getattr(node.func, "id", None)):
+                yield node
+
+
+def constants(nodes: Iterator[ast.Call], position: int, kind: type) -> set[Any]:
+    found = (node.args[position] for node in nodes if len(node.args) > position)
+    return {arg.value for arg in found if isinstance(arg, ast.Constant) and type(arg.value) is kind}
+
+
+def test_protocol_page_lists_the_reset_codes_that_are_sent() -> None:
+    sent = {
+        *constants(calls("reset"), 0, str),
+        *constants(calls("StreamError"), 0, str),
+        *_MOST_TELLING,
+        "name-not-found",
+    }
+    assert {code(row[0])[0] for row in rows(section(PROTOCOL, "Reset codes"))} == sent
+
+
+def test_protocol_page_lists_the_close_codes_that_are_sent() -> None:
+    sent = {1002, 1007, *constants(calls("ProtocolError"), 1, int), *constants(calls("close"), 0, int)}
+    assert {int(code(row[0])[0]) for row in rows(section(PROTOCOL, "Close codes"))} == sent
+
+
+def test_protocol_page_lists_the_statuses_that_are_answered() -> None:
+    nodes = [*calls("HandshakeError"), *calls("_fault")]
+    assert {int(code(row[0])[0]) for row in rows(section(PROTOCOL, "Refusals of the handshake"))} == constants(
+        iter(nodes), 0, int
+    )
+
+
+# --- the worked example ---------------------------------------------------------------------------------------------
+
+KEY = bytes.fromhex("37fa213d")  # that of RFC 6455 §5.7, again and again; a real client draws new ones
+SESSION, SERVER, BOOT = "c2Vzc2lvbi1pZC0xMjM0NQ", "c2VydmVyLWlkLTEyMzQ1Ng", "Ym9vdC1pZC0xMjM0NTY3OA"
+FIRST, SECOND = "c3RyZWFtLW51bWJlci0wMQ", "c3RyZWFtLW51bWJlci0wMg"
+
+
+class Ends:
+    """Two ends of one link: what they wrote, and the streams that they carry."""
+
+    def __init__(self) -> None:
+        self.client = LinkProtocol("client", keys=MaskKeys(lambda size: KEY * (size // len(KEY))), role="forward")
+        self.server = LinkProtocol("server")
+        self.budget = Budget(limits.PROCESS_BYTES)
+        self.log: list[tuple[str, bytes]] = []
+        self.ingress: StreamState
+        self.egress: StreamState
+
+    def open(self, stream_id: str, target: str) -> None:
+        self.ingress = StreamState(stream_id, egress=False, budget=self.budget)
+        self.client.open(self.ingress, target=target, peer="127.0.0.1:40000")
+
+    def flush(self, sender: LinkProtocol) -> None:
+        """All that one end has to say goes to the other. Applications take what comes at once."""
+        other, way = (self.server, "C") if sender is self.client else (self.client, "S")
+        while buffers := sender.pull(limits.FRAME_BYTES, 0.0, 0.0):
+            for frame in frames(b"".join(bytes(buffer) for buffer in buffers)):
+                self.log.append((way, frame))
+                for event in other.receive(frame):
+                    if isinstance(event, Open):
+                        self.egress = StreamState(event.stream, egress=True, budget=self.budget)
+                        other.accept(self.egress)
+                    elif isinstance(event, bytes | memoryview):
+                        (self.egress if other is self.server else self.ingress).inbound.passed(len(event))
+
+
+def frames(written: bytes) -> Iterator[bytes]:
+    while written:
+        length, at = written[1] & 127, 2
+        if length == 126:
+            length, at = int.from_bytes(written[2:4], "big"), 4
+        end = at + length + (4 if written[1] & 128 else 0)
+        yield written[:end]
+        written = written[end:]
+
+
+def worked_example() -> list[tuple[str, bytes]]:
+    """The session of docs/reference/protocol.md, spoken by the code: direction and bytes of every frame."""
+    ends = Ends()
+    client, server = ends.client, ends.server
+    client.send(Hello(version=1, session=SESSION, role="forward", agent="example/1"))
+    ends.open(FIRST, "tcp:db:5432")
+    ends.ingress.outbound.append(b"hi")
+    ends.flush(client)
+    server.send(Welcome(version=1, server=SERVER, boot=BOOT, keepalive=15))
+    server.websocket_ping()
+    server.send(Ping(number=1))
+    ends.flush(server)
+    ends.flush(client)
+    server.opened("10.0.0.5:5432")
+    ends.egress.outbound.append(b"HI")
+    ends.flush(server)
+    ends.ingress.ack_wanted = ends.egress.ack_wanted = True  # the sweep
+    ends.flush(client)
+    ends.flush(server)
+    ends.ingress.outbound.end()
+    ends.flush(client)
+    ends.egress.inbound.end_delivered()
+    ends.flush(server)
+    ends.egress.outbound.end()
+    ends.flush(server)
+    ends.ingress.inbound.end_delivered()
+    ends.flush(client)
+    assert client.state is server.state is Exchange.IDLE
+    ends.open(SECOND, "tcp:db:1")
+    ends.flush(client)
+    ends.egress.reset_wanted = ("refused", "connection refused")
+    ends.flush(server)
+    ends.flush(client)
+    assert client.state is server.state is Exchange.IDLE
+    client.close(1000, "surplus")
+    ends.flush(client)
+    ends.flush(server)
+    return ends.log
+
+
+def unmasked(frame: bytes) -> bytes:
+    if not frame[1] & 128:
+        return frame[4 if frame[1] & 127 == 126 else 2 :]
+    at = 8 if frame[1] & 127 == 126 else 6
+    return bytes(byte ^ KEY[index % 4] for index, byte in enumerate(frame[at:]))
+
+
+def rendered() -> str:
+    """The worked example as the page shows it: sender, the frame in hexadecimal, and the payload of text frames."""
+    lines = []
+    for way, frame in worked_example():
+        dump = frame.hex(" ")
+        lines += [
+            f"{way}  {dump[start : start + 96].rstrip()}" if not start else f"   {dump[start : start + 96].rstrip()}"
+            for start in range(0, len(dump), 96)
+        ]
+        if frame[0] & 15 == 1:
+            lines.append(f"   {unmasked(frame).decode()}")
+    return "\n".join(lines)
+
+
+def test_the_worked_example_is_what_the_code_says() -> None:
+    shown = re.findall(r"^```text\n(.*?)^```", section(PROTOCOL, "Worked example: frames"), re.MULTILINE | re.DOTALL)
+    dumped = [line for block in shown for line in block.splitlines()]
+    assert dumped == rendered().splitlines()
+
+
+def test_the_worked_example_shakes_hands_as_the_code_does() -> None:
+    request, answer = re.findall(
+        r"^```text\n(.*?)^```", section(PROTOCOL, "Worked example: handshake"), re.MULTILINE | re.DOTALL
+    )
+    upgrade = handshake.ClientUpgrade(
+        "tunnel.example.org", "/", b"the sample nonce", messages.SUBPROTOCOL, [("Authorization", "Bearer " + "A" * 43)]
+    )
+    assert upgrade.request().decode() == request.replace("\n", "\r\n") + "\r\n"
+    head = RequestReader().feed(upgrade.request())
+    assert head is not None
+    accepted = handshake.accept(head, path="/", subprotocols=(messages.SUBPROTOCOL,))
+    assert handshake.accept_response(accepted).decode() == answer.replace("\n", "\r\n") + "\r\n"
+    assert upgrade.feed(handshake.accept_response(accepted))
