@@ -125,6 +125,7 @@ class MemoryReactor:
         self.now = 0.0
         self.handlers: dict[Handler, None] = {}
         self._again: dict[Handler, None] = {}
+        self._hung_up: set[Handler] = set()  # on_hangup was called since the mask became empty
         self._later: list[Callable[[], None]] = []
 
     def adopt(self, handler: Handler, sock: Any, mask: int = READ) -> None:
@@ -133,8 +134,9 @@ class MemoryReactor:
         self._again[handler] = None
 
     def want(self, handler: Handler, mask: int) -> None:
-        if handler.sock is not None:
+        if handler.sock is not None and mask != handler.mask:
             handler.mask = mask
+            self._hung_up.discard(handler)
 
     def again(self, handler: Handler) -> None:
         self._again[handler] = None
@@ -146,6 +148,7 @@ class MemoryReactor:
         sock, handler.sock, handler.fd, handler.mask = handler.sock, None, -1, 0
         self.handlers.pop(handler, None)
         self._again.pop(handler, None)
+        self._hung_up.discard(handler)
         if sock is not None:
             sock.close()
 
@@ -160,7 +163,7 @@ class MemoryReactor:
             events |= READ
         if handler.mask & WRITE and sock.writable():
             events |= WRITE
-        if not handler.mask and sock.reset_by_peer:
+        if not handler.mask and sock.reset_by_peer and handler not in self._hung_up:
             events |= 8
         return events
 
@@ -169,6 +172,7 @@ class MemoryReactor:
         events = self._events(handler)
         self._again.pop(handler, None)
         if events & 8:
+            self._hung_up.add(handler)
             handler.on_hangup()
         if events & READ and handler.mask & READ:
             handler.on_readable()

@@ -34,6 +34,8 @@ _log = logs.logger("client")
 _random = random.SystemRandom()
 YOUNG_SECONDS = 1.0
 """A link that the server closes this soon counts as a failed dial: dialling again at once would be a storm."""
+_READY = frozenset({Exchange.NEW, Exchange.IDLE})
+"""States of a link that can take a stream."""
 
 
 class _Waiting(NamedTuple):
@@ -69,6 +71,7 @@ class ClientSession(Session):
         self._waiting: deque[_Waiting] = deque()
         self._control: Link | None = None
         self._dialling = 0
+        self._dialling_control = False
         self._backoff = Backoff(random_float)
         self._retry_at = -math.inf
         self._away = False
@@ -101,11 +104,15 @@ class ClientSession(Session):
                     continue
                 if not self._away:
                     for _ in range(self._missing()):
+                        role = self._next_role()
                         self._dialling += 1
-                        nursery.start_soon(self._dial_counted, self._next_role())
+                        self._dialling_control |= role == "control"
+                        nursery.start_soon(self._dial_counted, role)
                 await self._changed.wait()
 
     def _missing(self) -> int:
+        if self._stopping:
+            return 0
         if not self._welcomed:
             # The first one finds out whether the server takes us at all: one refusal in its log, not twelve.
             return int(not self._dialling and not self.links)
@@ -118,14 +125,16 @@ class ClientSession(Session):
         )
 
     def _next_role(self) -> LinkRole:
-        return "control" if self._control is None and self._dialling <= 1 else "forward"
+        return "control" if self._control is None and not self._dialling_control else "forward"
 
     async def _dial_counted(self, role: LinkRole) -> None:
         try:
             await self._dial_link(role)
         finally:
             self._dialling -= 1
-            self._changed.set()
+            if role == "control":
+                self._dialling_control = False
+        self._changed.set()
 
     async def _dial_link(self, role: LinkRole) -> None:
         try:
@@ -140,6 +149,9 @@ class ClientSession(Session):
             self._add_link(sock, leftover, role)
 
     def _add_link(self, sock: socket.socket, leftover: bytes, role: LinkRole) -> None:
+        if self._stopping:
+            tcp.reset(sock)
+            return
         if role == "control" and self._control is not None:
             role = "forward"
         protocol = LinkProtocol("client", keys=self._keys, role=role)
@@ -151,7 +163,7 @@ class ClientSession(Session):
         elif not leftover:
             self._use(link)  # hello, open and early data go out in one write
         link.start(self.reactor, sock, leftover)
-        if leftover and role == "forward" and link.sock is not None:
+        if leftover and role == "forward" and link.protocol.state in _READY:
             self._use(link)
 
     def _use(self, link: Link) -> None:
@@ -220,16 +232,28 @@ class ClientSession(Session):
     def accepted(self, sock: socket.socket, forward: Forward) -> None:
         """Carry a connection to the forward's target. Takes the socket over."""
         peer = tcp.peer_name(sock)
-        if not self.principal.budget.admitting() or len(self.streams) + len(self._waiting) >= limits.PRINCIPAL_STREAMS:
+        if self._stopping:
+            tcp.reset(sock)
+        elif (
+            not self.principal.budget.admitting() or len(self.streams) + len(self._waiting) >= limits.PRINCIPAL_STREAMS
+        ):
             _log.warning(
                 "connection reset: too many streams or too much memory held", peer=peer, target=str(forward.target)
             )
             tcp.reset(sock)
-        elif self._idle:
-            self._open(self._idle.pop(), sock, forward, peer)
+        elif (link := self._take_idle()) is not None:
+            self._open(link, sock, forward, peer)
         else:
             self._waiting.append(_Waiting(sock, forward, peer, trio.current_time() + limits.OPEN_WAIT_SECONDS))
             self._changed.set()
+
+    def _take_idle(self) -> Link | None:
+        """The link that was used last. Those in their closing handshake are passed over: `lost` comes only after it."""
+        while self._idle:
+            link = self._idle.pop()
+            if link.protocol.state in _READY:
+                return link
+        return None
 
     def _open(self, link: Link, sock: socket.socket, forward: Forward, peer: str) -> None:
         target = str(forward.target)
@@ -238,7 +262,8 @@ class ClientSession(Session):
         link.attach(stream)
         link.open(stream.state, target=target, peer=peer)
         stream.start(self.reactor, sock)
-        link.flush()
+        # Not now: the reactor first reads what the application sent, so `open` and early data go out in one write.
+        self.reactor.later(link.flush)
         self._demand.opened()
         self._changed.set()
 
@@ -278,27 +303,47 @@ class ClientSession(Session):
         if self._control is not None and self._control.protocol.state is Exchange.IDLE:
             self._control.send(Bye())
         self._idle.clear()
+        self.drop_waiting()
+        self.close(1000, "the client is stopping")
+
+    def drop_waiting(self) -> None:
+        """Reset the connections that wait for a link: unlike a stream's, they are not the reactor's to close."""
         while self._waiting:
             tcp.reset(self._waiting.popleft().sock)
-        self.close(1000, "the client is stopping")
 
 
 def _bind(config: ClientConfig) -> list[tuple[socket.socket, Forward]]:
     """Listen for every forward. One that cannot is reported, and ends it all only if asked to, or if none could."""
     listening: list[tuple[socket.socket, Forward]] = []
-    for forward in config.local_forwards:
-        try:
-            for sock in tcp.bind_all(forward.addresses, forward.port):
-                tcp.activate(sock)
-                listening.append((sock, forward))
-                _log.announce(f"listening {tcp.local_name(sock)} -> {forward.target}")
-        except LocalError as error:
-            if config.exit_on_forward_failure or len(config.local_forwards) == 1:
-                raise
-            _log.error(str(error), forward=str(forward))
-    if not listening:
-        raise LocalError("none of the forwards could be set up")
+    try:
+        for forward in config.local_forwards:
+            try:
+                listening += [(sock, forward) for sock in _listen(forward)]
+            except LocalError as error:
+                if config.exit_on_forward_failure or len(config.local_forwards) == 1:
+                    raise
+                _log.error(str(error), forward=str(forward))
+        if not listening:
+            raise LocalError("none of the forwards could be set up")
+    except BaseException:
+        for sock, _ in listening:
+            sock.close()
+        raise
     return listening
+
+
+def _listen(forward: Forward) -> list[socket.socket]:
+    sockets = tcp.bind_all(forward.addresses, forward.port)
+    try:
+        for sock in sockets:
+            tcp.activate(sock)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    for sock in sockets:
+        _log.announce(f"listening {tcp.local_name(sock)} -> {forward.target}")
+    return sockets
 
 
 async def run(
@@ -323,6 +368,20 @@ async def run(
     listening = _bind(config)
     reactor = make_reactor()
     session = ClientSession(dialler, reactor, idle_links=config.idle_links)
+    try:
+        await _serve(config, session, listening, shutdown, task_status)
+    finally:
+        session.drop_waiting()
+
+
+async def _serve(
+    config: ClientConfig,
+    session: ClientSession,
+    listening: list[tuple[socket.socket, Forward]],
+    shutdown: trio.Event,
+    task_status: trio.TaskStatus[list[str]],
+) -> None:
+    reactor = session.reactor
     async with trio.open_nursery() as nursery:
         await nursery.start(reactor.run)
         for sock, forward in listening:

@@ -66,11 +66,14 @@ class Dialler:
             headers=(("Authorization", f"Bearer {self._token.reveal()}"), ("User-Agent", AGENT), *self._headers),
         )
         answered = False
+        layer, stage = "tcp", f"cannot connect to {url.authority}: no answer"
         with trio.move_on_after(limits.HANDSHAKE_SECONDS):
             sock = await dial_server(url.host, url.port)
+            layer, stage = "tls", f"{url.authority} did not finish the TLS handshake"
             transport = Transport(sock, self._context, server_side=False, server_hostname=url.host)
             try:
                 await self._secure(transport)
+                layer, stage = "http", f"{url.authority} did not finish the handshake"
                 await transport.send(upgrade.request())
                 while not upgrade.feed(data := await transport.receive(limits.HEAD_BYTES)):
                     answered = True
@@ -87,9 +90,7 @@ class Dialler:
                 transport.close()
         if answered:
             upgrade.eof()  # a refusal whose body never ended
-        raise NetworkError(
-            "http", f"{url.authority} did not finish the handshake within {limits.HANDSHAKE_SECONDS:.0f} s"
-        )
+        raise NetworkError(layer, f"{stage} within {limits.HANDSHAKE_SECONDS:.0f} s")
 
     async def _secure(self, transport: Transport) -> None:
         """TLS, and proof of who it is, before the token leaves."""

@@ -55,7 +55,8 @@ class Link(Handler):
 
     __slots__ = (
         "_closing_at", "_pending", "_ping_at", "_ping_number", "_read_wants_write", "_resetting_at", "_shut", "_tls",
-        "created", "idle_since", "last_id", "last_received", "owner", "peer", "protocol", "round_trip", "stream",
+        "_write_wants_read", "created", "idle_since", "last_id", "last_received", "owner", "peer", "protocol",
+        "round_trip", "stream",
     )  # fmt: skip
 
     def __init__(self, protocol: LinkProtocol, owner: LinkOwner, *, peer: str, now: float) -> None:
@@ -70,6 +71,7 @@ class Link(Handler):
         self._tls = False
         self._pending: memoryview | None = None
         self._read_wants_write = False
+        self._write_wants_read = False
         self._ping_at: float | None = None
         self._ping_number = 0
         self._closing_at: float | None = None
@@ -103,6 +105,8 @@ class Link(Handler):
         if size and self.sock is not None:
             self.last_received = self.reactor.now
             self._process(self.reactor.scratch[:size])
+        if self._write_wants_read:
+            self.flush()  # whatever was read, be it only TLS's own
 
     def _read_plain(self) -> int:
         assert self.sock is not None
@@ -261,7 +265,8 @@ class Link(Handler):
             self._finish_close()
 
     def _want(self, more: bool = False) -> None:
-        mask = READ | WRITE if self._pending is not None or more or self._read_wants_write else READ
+        waiting = self._pending is not None and not self._write_wants_read
+        mask = READ | WRITE if waiting or more or self._read_wants_write else READ
         if mask != self.mask:
             self.reactor.want(self, mask)
 
@@ -297,6 +302,7 @@ class Link(Handler):
         assert self.sock is not None
         pending = self._pending
         assert pending is not None
+        self._write_wants_read = False
         try:
             while True:
                 sent = self.sock.send(pending)
@@ -306,8 +312,10 @@ class Link(Handler):
                 pending = pending[sent:]
                 if not self._tls:
                     break
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            # A write that waits for a read goes on with the flush that follows every read.
+        except ssl.SSLWantReadError:
+            # It goes on with the flush that follows every read. To wait for room, which there is, would spin.
+            self._write_wants_read = True
+        except (BlockingIOError, InterruptedError, ssl.SSLWantWriteError):
             pass
         except OSError as error:
             self.lose(f"connection failed: {error.strerror or error}")
@@ -405,13 +413,22 @@ class Link(Handler):
         if protocol.side == "server" and protocol.close_received:
             self._shut = True
             try:
-                if self._tls:
-                    # SSLSocket's own method forgets the TLS state, and reading goes on.
-                    socket.socket.shutdown(self.sock, socket.SHUT_WR)
+                if isinstance(self.sock, ssl.SSLSocket):
+                    self._end_tls(self.sock)
                 else:
                     self.sock.shutdown(socket.SHUT_WR)
             except OSError as error:
                 self.lose(f"connection failed: {error.strerror}")
+
+    def _end_tls(self, sock: ssl.SSLSocket) -> None:
+        """RFC 8446 §6.1: a close_notify MUST go before the end; without one OpenSSL answers with an error alert."""
+        try:
+            sock.unwrap()
+            self._tls = False  # the peer's came already: nothing follows that TLS could read
+        except ssl.SSLError:
+            pass  # it has not come yet, or there is no room for ours
+        # SSLSocket's own method forgets the TLS state, and reading goes on.
+        socket.socket.shutdown(sock, socket.SHUT_WR)
 
     def lose(self, reason: str) -> None:
         """The connection is gone: close the socket, tell the stream, then the owner. Idempotent."""

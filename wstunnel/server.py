@@ -156,29 +156,32 @@ class Server:
     async def _handshake(self, sock: socket.socket, scope: trio.CancelScope) -> None:
         peer = tcp.peer_name(sock)
         transport = Transport(sock, self._context, server_side=True)
-        reader = RequestReader()
-        refusal: HandshakeError | None = None
-        secured = False
         try:
-            with scope, trio.move_on_after(limits.HANDSHAKE_SECONDS) as deadline:
-                try:
-                    await transport.handshake()
-                    secured = True
-                    await self._upgrade(transport, reader, peer)
-                    return
-                except HandshakeError as error:
-                    refusal = error
-            if deadline.cancelled_caught:
-                refusal = HandshakeError(408, "the request did not arrive in time")
-            if refusal is not None:
-                _log.warning("connection refused", peer=peer, status=refusal.status, reason=str(refusal))
-                if secured:
-                    await self._refuse(transport, refusal)
+            with scope:
+                await self._answer(transport, peer)
         except (ssl.SSLError, OSError, trio.BrokenResourceError) as error:
             _log.debug("connection failed in its handshake", peer=peer, reason=str(error))
         finally:
             self._handshakes.pop(scope, None)
             transport.close()
+
+    async def _answer(self, transport: Transport, peer: str) -> None:
+        """Upgrade, or refuse. A refusal lingers, and counts as a handshake until it is over."""
+        refusal: HandshakeError | None = None
+        secured = False
+        with trio.move_on_after(limits.HANDSHAKE_SECONDS) as deadline:
+            try:
+                await transport.handshake()
+                secured = True
+                await self._upgrade(transport, RequestReader(), peer)
+            except HandshakeError as error:
+                refusal = error
+        if deadline.cancelled_caught:
+            refusal = HandshakeError(408, "the request did not arrive in time")
+        if refusal is not None:
+            _log.warning("connection refused", peer=peer, status=refusal.status, reason=str(refusal))
+            if secured:
+                await self._refuse(transport, refusal)
 
     async def _upgrade(self, transport: Transport, reader: RequestReader, peer: str) -> None:
         request = None
@@ -191,13 +194,17 @@ class Server:
         name = self.users.authenticate(handshake.bearer_token(request) or "")
         if name is None:
             raise HandshakeError(401, "no valid token", (("WWW-Authenticate", 'Bearer realm="wstunnel"'),))
-        principal = self._principals.get(name)
-        if principal is not None and principal.links >= limits.PRINCIPAL_LINKS:
+        if self._links_of(name) >= limits.PRINCIPAL_LINKS:
             raise HandshakeError(503, "too many links")
         await transport.send(handshake.accept_response(upgrade))
         link = Link(LinkProtocol("server"), self, peer=peer, now=self.reactor.now)
         self._greeting[link] = name
         link.start(self.reactor, transport.detach(), reader.leftover)
+
+    def _links_of(self, name: str) -> int:
+        """A user's links, those included that have not said hello yet."""
+        principal = self._principals.get(name)
+        return (0 if principal is None else principal.links) + sum(user == name for user in self._greeting.values())
 
     @staticmethod
     async def _refuse(transport: Transport, error: HandshakeError) -> None:
@@ -353,9 +360,9 @@ async def run(
         reactor = make_reactor()
         await nursery.start(reactor.run)
         server = Server(config, reactor, nursery, listeners, context)
-        accepting = trio.CancelScope()
-        for listener in listeners:
-            nursery.start_soon(_accept, accepting, listener, server)
+        accepting = [trio.CancelScope() for _ in listeners]
+        for listener, scope in zip(listeners, accepting, strict=True):
+            nursery.start_soon(_accept, scope, listener, server)
         nursery.start_soon(server.sweep_forever)
         names = [tcp.local_name(listener) for listener in listeners]
         for name in names:
@@ -369,7 +376,8 @@ async def run(
         await shutdown.wait()
         systemd.notify("STOPPING=1", environ=os.environ)
         nursery.cancel_scope.deadline = trio.current_time() + 2 * limits.LINGER_SECONDS
-        accepting.cancel()
+        for scope in accepting:
+            scope.cancel()
         server.stop()
         await server.gone.wait()
         nursery.cancel_scope.cancel()

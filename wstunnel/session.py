@@ -8,8 +8,9 @@ from wstunnel import limits, logs
 from wstunnel.errors import ProtocolError
 from wstunnel.stream import Stream
 from wstunnel.wire.credit import Budget
+from wstunnel.wire.frames import CloseCode
 from wstunnel.wire.protocol import StreamState
-from wstunnel.wire.states import Half
+from wstunnel.wire.states import Exchange, Half
 from wstunnel.wire.tombstones import Tombstones
 
 if TYPE_CHECKING:
@@ -158,8 +159,13 @@ class Session:
             )
             if not _held(largest):
                 return
+            reason = "too much memory is held: the largest stream is reset"
             largest.outbound.discard()
-            largest.reset("limit", "too much memory is held: the largest stream is reset")
+            largest.reset("limit", reason)
+            link = largest.link
+            if link is not None and link.protocol.state is Exchange.BUSY:
+                # The reset cannot go, or not yet: an ack under way would be for bytes that are forgotten here.
+                link.close(CloseCode.POLICY, reason)
             largest.state.discard()
 
     # --- time ---------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class StreamOwner(Protocol):
         """The stream is over; `stream.outcome` says how. Called once."""
 
     def stream_moved(self, stream: Stream) -> None:
-        """Bytes arrived: the next sweep acks them if nothing else does."""
+        """Bytes arrived or were taken: the next sweep acks them if nothing else does."""
 
     def stream_starved(self, stream: Stream) -> None:
         """The budgets leave no room to read from the application: the next sweep tries again."""
@@ -151,7 +151,7 @@ class Stream(Handler):
         if self.sock is None:
             return
         code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
+        if code and not self._write_failed:  # after a failed write it is known, and what was sent before is read first
             self._local_failed(OSError(code, os.strerror(code)))
 
     def fail(self, error: Exception) -> None:
@@ -177,7 +177,11 @@ class Stream(Handler):
     def _local_failed(self, error: OSError) -> None:
         """The application's side is gone: what it sent before goes first, then the reset."""
         self._read_done = True
-        if error.errno in (errno.ECONNRESET, errno.EPIPE):
+        if self._write_failed:
+            # A Unix socket that was closed with input unread says so behind its last byte: that is its end.
+            self._reset_when_delivered()
+            self.refresh()
+        elif error.errno in (errno.ECONNRESET, errno.EPIPE):
             self.reset("reset", "connection reset")
         else:
             self.reset("reset", f"local connection failed: {error.strerror or error}")
@@ -228,6 +232,7 @@ class Stream(Handler):
             partial = sent < len(view)
             del view
             inbound.taken(sent)
+            self.owner.stream_moved(self)
             if partial:
                 return
 
@@ -250,6 +255,7 @@ class Stream(Handler):
         inbound = self.inbound
         if len(inbound.inbox):
             inbound.taken(len(inbound.inbox))
+            self.owner.stream_moved(self)
         if self._read_done:
             self._reset_when_delivered()
 

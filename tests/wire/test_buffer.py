@@ -141,6 +141,18 @@ class TestBlocks:
         buffer.release(2 * BLOCK_BYTES)
         assert buffer.view(2 * BLOCK_BYTES, 10) == whole[2 * BLOCK_BYTES :][:10]
 
+    def test_reading_goes_on_after_blocks_before_it_went(self) -> None:
+        """A sender in steady state: it reads at the end while acks release the beginning."""
+        buffer = OffsetBuffer()
+        whole = pattern(0, 8 * BLOCK_BYTES)
+        for start in range(0, 5 * BLOCK_BYTES, BLOCK_BYTES):
+            buffer.append(whole[start : start + BLOCK_BYTES])
+        assert buffer.view(3 * BLOCK_BYTES, 10) == whole[3 * BLOCK_BYTES :][:10]
+        buffer.release(2 * BLOCK_BYTES)
+        assert buffer.view(3 * BLOCK_BYTES + 10, 10) == whole[3 * BLOCK_BYTES + 10 :][:10]
+        buffer.append(whole[5 * BLOCK_BYTES :])
+        assert read(buffer, 3 * BLOCK_BYTES + 20, 1000) == whole[3 * BLOCK_BYTES + 20 :]
+
     def test_offsets_go_on_after_all_was_released(self) -> None:
         buffer = OffsetBuffer()
         buffer.append(b"abc")
@@ -179,5 +191,17 @@ class TestMemory:
             assert tracemalloc.get_traced_memory()[0] - before <= 3 * max(BLOCK_BYTES, size)
             buffer.release(buffer.end)
             assert tracemalloc.get_traced_memory()[0] - before <= 2048
+        finally:
+            tracemalloc.stop()
+
+    def test_a_block_goes_with_its_last_byte(self) -> None:
+        buffer = OffsetBuffer()
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(3):
+                buffer.append(memoryview(bytearray(100_000)))
+            buffer.release(200_000)
+            assert tracemalloc.get_traced_memory()[0] - before < 150_000
         finally:
             tracemalloc.stop()

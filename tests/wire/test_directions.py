@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -220,6 +221,18 @@ class TestDiscardOut:
         outbound.discard()
         assert outbound.budget.held == 0
 
+    def test_the_memory_itself(self) -> None:
+        outbound = sender()
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            outbound.append(memoryview(bytearray(100_000)))
+            assert tracemalloc.get_traced_memory()[0] - before >= 100_000
+            outbound.discard()
+            assert tracemalloc.get_traced_memory()[0] - before < 10_000
+        finally:
+            tracemalloc.stop()
+
     def test_acks_that_were_under_way_are_no_fault(self) -> None:
         """The peer does not know yet that the bytes were dropped: it acks what it consumed of those that went out."""
         outbound = sender(b"abcdef", sent=4)
@@ -270,6 +283,7 @@ class TestReceiving:
         inbound.store(b"cdef")
         assert (inbound.received, inbound.consumed, inbound.budget.held) == (6, 2, 4)
         assert inbound.waiting(9) == b"cdef"
+        assert (inbound.inbox.start, inbound.inbox.end) == (2, 6)  # offsets of the direction, not of the inbox
         inbound.taken(4)
         inbound.arrived(1)
         inbound.passed(1)

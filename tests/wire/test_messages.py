@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wstunnel.errors import ProtocolError
-from wstunnel.limits import MESSAGE_BYTES, NUMBER_MAX
+from wstunnel.limits import MESSAGE_BRACKETS, MESSAGE_BYTES, NUMBER_MAX
 from wstunnel.wire import messages
 from wstunnel.wire.frames import encode_close
 from wstunnel.wire.messages import (
@@ -304,6 +304,18 @@ class TestRefused:
         text = b'{"type":"bye"}'
         assert decode(text.ljust(MESSAGE_BYTES)) == Bye()
         assert str(MESSAGE_BYTES) in refused(text.ljust(MESSAGE_BYTES + 1))
+
+    def test_at_most_256_brackets_nested_or_not(self) -> None:
+        """They bound the depth before anything is decoded; the braces of the message itself count."""
+        inner = MESSAGE_BRACKETS - 1
+        for later in (
+            b"[" * inner + b"]" * inner,
+            b"[" + b",".join([b"{}"] * (inner - 1)) + b"]",
+            b'"%s"' % (b"[" * inner),
+        ):
+            assert decode(b'{"type":"bye","later":' + later + b"}") == Bye()
+        for later in (b"[" * (inner + 1) + b"]" * (inner + 1), b"[" + b",".join([b"{}"] * inner) + b"]"):
+            assert "nested" in refused(b'{"type":"bye","later":' + later + b"}")
 
     @pytest.mark.parametrize(
         "deep", [b"[" * 1100 + b"]" * 1100, b'{"a":' * 1100 + b"1" + b"}" * 1100], ids=["arrays", "objects"]

@@ -1418,17 +1418,18 @@ class TestControlQueue:
     @pytest.mark.parametrize("side", ["client", "server"])
     def test_more_than_64_kib_queued(self, side: Side) -> None:
         protocol = new_link(side, "control")
-        message = Listening(forward="f", message="x" * 1000)
-        size = len(messages.encode(message))
-        for _ in range(CONTROL_QUEUE_BYTES // size):
+        fill = KIB - len(messages.encode(Listening(forward="f", message="x"))) + 1
+        message = Listening(forward="f", message="x" * fill)
+        assert len(messages.encode(message)) == KIB
+        for _ in range(CONTROL_QUEUE_BYTES // KIB):
             protocol.send(message)
         with pytest.raises(ProtocolError, match="the peer does not read") as raised:
-            protocol.send(message)
+            protocol.send(Bye())
         assert raised.value.code == 1008
         protocol.close(raised.value.code, str(raised.value))
         sent = pull(protocol)
         assert sent[-1] == PeerClosed(1008, str(raised.value))
-        assert len(sent) == CONTROL_QUEUE_BYTES // size + 1
+        assert sent[:-1] == [message] * 64
 
     def test_what_was_pulled_is_queued_no_more(self) -> None:
         protocol = new_link("client", "control")

@@ -152,8 +152,12 @@ async def accept_forever(listener: socket.socket, accepted: Callable[[socket.soc
             try:
                 for _ in range(BATCH):
                     sock, _address = listener.accept()
-                    sock.setblocking(False)
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    try:
+                        sock.setblocking(False)
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    except OSError:
+                        sock.close()  # macOS says EINVAL when the peer has gone already
+                        continue
                     accepted(sock)
                 told = False
             except (BlockingIOError, InterruptedError):

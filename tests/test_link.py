@@ -1,0 +1,832 @@
+"""One WebSocket on the reactor: reading, writing, life and death of its connection, in memory.
+
+`Wire` is used by the tests of streams, sessions and the data path, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import trio
+
+from tests.memory import MemoryReactor, MemorySocket, Pipe
+from wstunnel import limits, logs
+from wstunnel.errors import LocalError, ProtocolError
+from wstunnel.link import FLUSH_BYTES, NOTSENT_LOWAT, Link
+from wstunnel.reactor import READ, WRITE, make_reactor
+from wstunnel.session import Principal, Session
+from wstunnel.stream import Stream
+from wstunnel.wire.credit import Budget
+from wstunnel.wire.frames import MaskKeys, Opcode, encode_frame
+from wstunnel.wire.messages import (
+    VERSION,
+    Ack,
+    AnyMessage,
+    Bye,
+    Eof,
+    Hello,
+    Message,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Reset,
+    Welcome,
+    encode,
+)
+from wstunnel.wire.protocol import LinkProtocol, PeerClosed, StreamState
+from wstunnel.wire.states import Exchange
+
+SESSION = "s" * 22
+HELLO = Hello(version=VERSION, session=SESSION, role="forward")
+WELCOME = Welcome(version=VERSION, server="v" * 22, boot="b" * 22)
+
+
+def identify(number: int) -> str:
+    """A stream's id."""
+    return f"{number:022d}"
+
+
+class End(Session):
+    """A session that writes down what it is told, and accepts every stream without dialling."""
+
+    def __init__(
+        self, reactor: Any, *, window: int = limits.WINDOW_FIRST, name: str = "someone", capacity: int = 1 << 30,
+        process: Budget | None = None, everyone: dict[str, Principal] | None = None,
+    ) -> None:  # fmt: skip
+        self.window = window
+        principal = Principal(name, process or Budget(1 << 40), {} if everyone is None else everyone)
+        principal.budget.capacity = capacity
+        super().__init__(SESSION, principal, reactor, logs.logger("test"))
+        self.messages: list[AnyMessage] = []
+        self.idled: list[Link] = []
+        self.losses: list[str] = []
+        self.accepted: list[Stream] = []
+        self.reached: list[Stream] = []
+        self.outcomes: dict[str, tuple[str, str]] = {}
+        self.on_message: Callable[[Link, AnyMessage], None] = lambda link, message: None
+
+    def message(self, link: Link, message: AnyMessage) -> None:
+        self.messages.append(message)
+        if isinstance(message, Hello):
+            link.protocol.send(WELCOME)
+        elif isinstance(message, Open):
+            stream = self.make_stream(message.stream, egress=True, target=message.target, peer=message.peer)
+            stream.link = link
+            link.attach(stream)
+            link.protocol.accept(stream.state)
+            self.accepted.append(stream)
+        elif not isinstance(message, Welcome):
+            super().message(link, message)
+        self.on_message(link, message)
+
+    def idle(self, link: Link) -> None:
+        super().idle(link)
+        self.idled.append(link)
+
+    def lost(self, link: Link, reason: str) -> None:
+        super().lost(link, reason)
+        self.losses.append(reason)
+
+    def stream_opened(self, stream: Stream) -> None:
+        super().stream_opened(stream)
+        self.reached.append(stream)
+
+    def stream_ended(self, stream: Stream) -> None:
+        super().stream_ended(stream)
+        assert stream.outcome is not None
+        self.outcomes[stream.state.id] = stream.outcome
+
+
+class ScriptedTls(MemorySocket):
+    """What a link takes for an SSLSocket: bytes leave the selector's sight in records, and calls can be made to fail.
+
+    Attributes:
+        record: bytes that one read gives at most.
+        reads, writes: errors for the next calls; None lets one through.
+        offered: what each call of `send` was given.
+    """
+
+    record = 16384
+    notified = False
+
+    def __init__(self, incoming: Pipe, outgoing: Pipe) -> None:
+        super().__init__(incoming, outgoing)
+        self.reads: list[Exception | None] = []
+        self.writes: list[Exception | None] = []
+        self.offered: list[bytes] = []
+        self.inside = bytearray()
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return ssl.SSLSocket
+
+    def recv_into(self, buffer: memoryview, size: int = 0) -> int:
+        if self.reads:
+            error = self.reads.pop(0)
+            if error is not None:
+                raise error
+        if self.incoming.arrived:
+            self.inside += self.incoming.arrived
+            self.incoming.arrived.clear()
+        if self.inside:
+            count = min(len(self.inside), self.record, len(buffer))
+            buffer[:count] = self.inside[:count]
+            del self.inside[:count]
+            return count
+        try:
+            return super().recv_into(buffer, size)
+        except BlockingIOError:
+            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "want read") from None
+
+    def send(self, data: bytes | memoryview) -> int:
+        self.offered.append(bytes(data))
+        error = self.writes.pop(0) if self.writes else None
+        if error is not None:
+            raise error
+        if self.outgoing.room is not None and self.outgoing.room < len(data):
+            raise want_write()  # SSL_write takes all or nothing
+        return super().send(data)
+
+    def unwrap(self) -> None:
+        """The peer's close_notify has come if `notified`."""
+        if not self.notified:
+            raise want_read()
+
+    def sendmsg(self, buffers: list[bytes | memoryview]) -> int:
+        raise NotImplementedError("sendmsg not allowed on instances of SSLSocket")
+
+
+def want_write() -> ssl.SSLWantWriteError:
+    return ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "want write")
+
+
+def want_read() -> ssl.SSLWantReadError:
+    return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "want read")
+
+
+class Wire:
+    """A link under test on a memory reactor; at the other end of its connection a protocol in the test's hands.
+
+    Attributes:
+        end: owns `link`.
+        near, far: the connection's two sockets; `near` is the link's.
+        peer: the protocol at the other end; `state` is its view of the stream.
+        got: what the peer received: payloads as bytes, messages, `PeerClosed`.
+        consuming: whether the peer's application reads.
+    """
+
+    def __init__(
+        self, side: Literal["client", "server"] = "server", *, end: End | None = None, tls: bool = False,
+        greet: bool = True, start: bool = True,
+    ) -> None:  # fmt: skip
+        self.reactor = MemoryReactor() if end is None else end.reactor
+        self.end = End(self.reactor) if end is None else end
+        inward, outward = Pipe(), Pipe()
+        self.near = (ScriptedTls if tls else MemorySocket)(inward, outward)
+        self.far = MemorySocket(outward, inward)
+        self.near.peer, self.far.peer = self.far, self.near
+        keys = MaskKeys(random.Random(7).randbytes)
+        if side == "server":
+            self.peer = LinkProtocol("client", keys=keys, role="forward")
+            protocol = LinkProtocol("server")
+        else:
+            self.peer = LinkProtocol("server")
+            protocol = LinkProtocol("client", keys=keys, role="forward")
+        self.side = side
+        self.link = Link(protocol, self.end, peer="192.0.2.1:5", now=self.reactor.now)
+        self.end.adopt_link(self.link)
+        self.state: StreamState | None = None
+        self.got: list[Any] = []
+        self.consuming = True
+        if start:
+            self.link.start(self.reactor, self.near)  # type: ignore[arg-type]
+        if greet:
+            self.greet()
+
+    def greet(self) -> None:
+        if self.side == "server":
+            self.peer.send(HELLO)
+            self.run()
+        else:
+            self.link.send(HELLO)
+            self.run()
+        assert self.link.protocol.state is self.peer.state is Exchange.IDLE
+        self.got.clear()
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def carry_in(self) -> bool:
+        """What the peer has to say arrives; nobody has read it yet."""
+        if self.far.closed or self.far.outgoing.ended:
+            return False
+        moved = False
+        while buffers := self.peer.pull(limits.FRAME_BYTES, self.reactor.now, 0.0):
+            self.put(b"".join(buffers))
+            moved = True
+        return moved
+
+    def put(self, data: bytes) -> None:
+        """Bytes of the peer's arrive."""
+        self.far.outgoing.sent += data
+        self.far.outgoing.move(len(data))
+
+    def carry_out(self) -> bool:
+        """What the link has written reaches the peer."""
+        pipe = self.near.outgoing
+        pipe.move(len(pipe.sent))
+        data = bytes(pipe.arrived)
+        pipe.arrived.clear()
+        for event in self.peer.receive(data):
+            self._received(event)
+        return bool(data)
+
+    def _received(self, event: Any) -> None:
+        if isinstance(event, bytes | memoryview):
+            self.got.append(bytes(event))
+            assert self.state is not None
+            if self.consuming:
+                self.state.inbound.passed(len(event))
+            else:
+                self.state.inbound.store(event)
+            return
+        self.got.append(event)
+        if isinstance(event, Open):
+            self.state = StreamState(event.stream, egress=True, budget=Budget(1 << 40), window=self.end.window)
+            self.peer.accept(self.state)
+        elif isinstance(event, Hello):
+            self.peer.send(WELCOME)
+        elif isinstance(event, Eof) and self.consuming:
+            assert self.state is not None
+            self.state.inbound.end_delivered()
+
+    def turn(self) -> bool:
+        """One call for every handler that is ready."""
+        ready = self.reactor.ready()
+        for handler in ready:
+            if handler.sock is not None:
+                self.reactor.turn(handler)
+        return bool(ready)
+
+    def run(self) -> None:
+        """Until nothing moves any more."""
+        for _ in range(10_000):
+            if not (self.carry_in() | self.turn() | self.carry_out()):
+                return
+        raise AssertionError("never quiet: somebody spins")
+
+    def say(self, *messages: Message) -> None:
+        """The peer sends messages, whatever its state, and all that follows happens."""
+        for message in messages:
+            self.put(encode_frame(Opcode.TEXT, encode(message), key=self.key))
+        self.run()
+
+    @property
+    def key(self) -> bytes | None:
+        return b"\1\2\3\4" if self.side == "server" else None
+
+    # --- a stream -----------------------------------------------------------------------------------------------------
+
+    def open(self, number: int = 1, *, room: int | None = None) -> tuple[Stream, MemorySocket]:
+        """A stream on this idle link, opened by whoever may, with its application's socket.
+
+        Args:
+            number: of its id.
+            room: bytes that the stream can write until the application reads.
+        """
+        application, local = MemorySocket.pair()
+        local.outgoing.room = room
+        if self.side == "client":
+            stream = self.end.make_stream(identify(number), egress=False, target="tcp:db:1", peer="application")
+            stream.link = self.link
+            self.link.attach(stream)
+            self.link.open(stream.state, target="tcp:db:1", peer="application")
+            stream.start(self.reactor, local)  # type: ignore[arg-type]
+            self.link.flush()
+            self.run()
+            self.peer.opened("192.0.2.7:1")
+        else:
+            self.begin(number)
+            self.run()
+            stream = self.end.accepted[-1]
+            stream.connected(self.reactor, local, "192.0.2.7:1")  # type: ignore[arg-type]
+        self.run()
+        self.got.clear()
+        return stream, application
+
+    def begin(self, number: int = 1, early: bytes = b"") -> None:
+        """The peer opens a stream; nothing is carried yet."""
+        self.state = StreamState(identify(number), egress=False, budget=Budget(1 << 40), window=self.end.window)
+        self.peer.open(self.state, target="tcp:db:1", peer="application")
+        if early:
+            self.state.outbound.append(early)
+
+    def data(self) -> bytes:
+        """All stream data that the peer received."""
+        return b"".join(piece for piece in self.got if isinstance(piece, bytes))
+
+    def messages(self) -> list[Any]:
+        """All else that it received."""
+        return [piece for piece in self.got if not isinstance(piece, bytes)]
+
+
+def write(application: MemorySocket, data: bytes) -> None:
+    """An application writes."""
+    application.send(data)
+    application.outgoing.move(len(data))
+
+
+def close_write(application: MemorySocket) -> None:
+    application.shutdown(socket.SHUT_WR)
+    application.outgoing.move(0)
+
+
+def abort(application: MemorySocket) -> None:
+    """An application resets its connection."""
+    application.linger_reset = True
+    application.close()
+
+
+def hang_up(sock: MemorySocket) -> None:
+    """Close in good order; the end arrives."""
+    sock.close()
+    sock.outgoing.move(0)
+
+
+def read(application: MemorySocket) -> bytes:
+    """All that an application can read now."""
+    pipe = application.incoming
+    pipe.move(len(pipe.sent))
+    data = bytes(pipe.arrived)
+    pipe.arrived.clear()
+    return data
+
+
+class TestStart:
+    def test_what_was_queued_before_goes_out_at_once(self):
+        wire = Wire("client", greet=False, start=False)
+        wire.link.protocol.send(HELLO)
+        wire.link.start(wire.reactor, wire.near)
+        assert wire.near.outgoing.sent
+        wire.carry_out()
+        assert wire.got == [HELLO]
+
+    def test_bytes_that_came_with_the_http_head_are_handled_first(self):
+        wire = Wire(greet=False, start=False)
+        hello = encode_frame(Opcode.TEXT, encode(HELLO), key=wire.key)
+        wire.link.start(wire.reactor, wire.near, hello)
+        assert wire.end.messages == [HELLO]
+        wire.carry_out()
+        assert wire.got == [WELCOME]
+
+    def test_a_socket_that_cannot_be_watched_loses_the_link_and_its_stream(self, monkeypatch):
+        wire = Wire("client", greet=False, start=False)
+        stream = wire.end.make_stream(identify(1), egress=False, target="t", peer="p")
+        stream.link = wire.link
+        wire.link.attach(stream)
+
+        def refuse(handler: object, sock: object) -> None:
+            raise LocalError("cannot wait for descriptor 7: no reason given")
+
+        monkeypatch.setattr(wire.reactor, "adopt", refuse)
+        wire.link.start(wire.reactor, wire.near, b"leftover")
+        assert wire.near.closed
+        assert wire.end.losses == ["cannot wait for descriptor 7: no reason given"]
+        assert stream.outcome == ("lost", "cannot wait for descriptor 7: no reason given")
+        assert not wire.end.links
+
+    async def test_on_a_reactor_that_has_stopped_the_socket_is_closed(self):
+        reactor = make_reactor()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(reactor.run)
+            nursery.cancel_scope.cancel()
+        end = End(reactor)
+        for leftover in (b"", b"x"):
+            near, far = socket.socketpair()
+            link = Link(LinkProtocol("server"), end, peer="", now=0.0)
+            link.start(reactor, near, leftover)
+            assert near.fileno() == -1
+            assert link.sock is None
+            far.close()
+        link.flush()
+        link.close(1000)
+        link.lose("nothing to lose")
+        assert end.losses == []
+
+    async def test_the_kernel_keeps_little_unsent_on_tcp(self, nursery):
+        reactor = make_reactor()
+        await nursery.start(reactor.run)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = socket.create_connection(listener.getsockname())
+        Link(LinkProtocol("server"), End(reactor), peer="", now=0.0).start(reactor, near)
+        assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == NOTSENT_LOWAT
+        nursery.cancel_scope.cancel()
+
+    def test_a_kernel_that_does_not_know_the_option_carries_the_link_too(self):
+        wire = Wire(greet=False, start=False)
+        wire.near.family = socket.AF_INET
+
+        def unknown(level: int, option: int, value: int) -> None:
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+
+        wire.near.setsockopt = unknown
+        wire.link.start(wire.reactor, wire.near)
+        wire.greet()
+        assert not wire.end.losses
+
+
+class TestEnds:
+    def test_end_of_the_connection_without_a_close_frame(self):
+        wire = Wire()
+        hang_up(wire.far)
+        wire.run()
+        assert wire.end.losses == ["connection closed without a close frame"]
+        assert wire.near.closed
+        assert not wire.reactor.handlers
+
+    def test_a_reset_connection(self):
+        wire = Wire()
+        abort(wire.far)
+        wire.run()
+        assert wire.end.losses == ["connection failed: reset"]
+
+    def test_a_reset_met_while_writing(self):
+        wire = Wire()
+        abort(wire.far)
+        wire.link.ping()
+        assert wire.end.losses == ["connection failed: reset"]
+
+    def test_nothing_to_read_is_no_failure(self):
+        wire = Wire()
+        wire.link.on_readable()
+        assert not wire.end.losses
+
+    def test_losing_takes_the_stream_along_and_tells_the_owner_once(self):
+        wire = Wire()
+        stream, application = wire.open()
+        wire.link.lose("first")
+        wire.link.lose("second")
+        assert wire.end.losses == ["first"]
+        assert stream.outcome == ("lost", "first")
+        assert application.reset_by_peer
+        assert wire.link.stream is None
+        wire.link.flush()
+
+    def test_an_exception_in_our_own_code_ends_this_link_only(self):
+        end = End(MemoryReactor())
+        first, second = Wire(end=end), Wire(end=end)
+        first.link.fail(ValueError("our bug"))
+        assert end.losses == ["internal error: ValueError('our bug')"]
+        assert end.links == {second.link}
+        second.open()
+
+    def test_the_owner_may_lose_the_link_in_the_middle_of_a_read(self):
+        wire = Wire(greet=False)
+        wire.end.on_message = lambda link, message: link.lose("enough")
+        for message in (HELLO, Bye()):
+            wire.put(encode_frame(Opcode.TEXT, encode(message), key=wire.key))
+        wire.turn()
+        assert wire.end.messages == [HELLO]
+        assert wire.end.losses == ["enough"]
+
+
+class TestMessages:
+    def test_a_ping_is_answered(self):
+        wire = Wire()
+        wire.say(Ping(number=9))
+        assert wire.got == [Pong(number=9)]
+
+    def test_the_smallest_round_trip_is_kept(self):
+        wire = Wire()
+        for seconds in (0.5, 0.2, 0.3):
+            wire.link.ping()
+            wire.carry_out()
+            wire.reactor.now += seconds
+            wire.run()
+        assert wire.link.round_trip == pytest.approx(0.2)
+
+    def test_a_pong_that_nobody_asked_for_is_ignored(self):
+        wire = Wire()
+        wire.say(Pong(number=1))
+        wire.link.ping()
+        wire.carry_out()
+        wire.peer._pong_number = None
+        wire.say(Pong(number=77))
+        assert wire.link.round_trip == 0
+        assert not wire.end.losses
+
+    def test_one_that_is_not_expected_is_1002(self):
+        wire = Wire()
+        wire.put(encode_frame(Opcode.TEXT, b'{"type":"need","links":4}', key=wire.key))
+        wire.run()
+        (closed,) = wire.got
+        assert closed.code == 1002
+        assert "need while idle" in closed.reason
+
+    def test_one_that_the_role_does_not_expect_is_1002(self):
+        wire = Wire()
+        wire.link.protocol.role = "control"
+        wire.say(Bye())
+        assert wire.got == [PeerClosed(1002, "bye is not expected here")]
+
+    def test_garbage_is_1002_and_what_follows_is_not_handled(self):
+        wire = Wire()
+        wire.put(b"\xff" * 20)
+        wire.turn()
+        wire.say(Ping(number=1))
+        assert [event.code for event in wire.got] == [1002]
+
+    def test_a_pong_beyond_64_kib_of_unread_control_closes_with_1008(self):
+        wire = Wire()
+        wire.near.outgoing.room = 0
+        wire.link.ping()
+        for _ in range(limits.CONTROL_QUEUE_BYTES // 10):
+            wire.link.ping()
+        wire.near.outgoing.room = None
+        wire.run()
+        assert wire.got[-1] == PeerClosed(1008, "too many control messages queued: the peer does not read")
+
+    @pytest.mark.parametrize("call", ["open", "opened"])
+    def test_the_same_when_it_is_a_streams_message(self, call):
+        wire = Wire("client" if call == "open" else "server")
+        if call == "opened":
+            wire.begin()
+            wire.run()
+        wire.near.outgoing.room = 0
+        for _ in range(limits.CONTROL_QUEUE_BYTES):
+            try:
+                wire.link.protocol.send(Ping(number=1))
+            except ProtocolError:
+                break
+        if call == "open":
+            stream = wire.end.make_stream(identify(1), egress=False, target="t", peer="p")
+            stream.link = wire.link
+            wire.link.attach(stream)
+            wire.link.open(stream.state, target="t", peer="p")
+        else:
+            (stream,) = wire.end.accepted
+            wire.link.opened("address")
+        assert stream.outcome == ("lost", "too many control messages queued: the peer does not read")
+
+
+class TestTls:
+    """The traps of non-blocking TLS are in test_data_path.py; here the rest."""
+
+    def test_end_of_the_connection(self):
+        wire = Wire(tls=True)
+        hang_up(wire.far)
+        wire.run()
+        assert wire.end.losses == ["connection closed without a close frame"]
+
+    def test_what_came_before_the_end_is_handled_first(self):
+        wire = Wire(tls=True)
+        wire.put(encode_frame(Opcode.TEXT, encode(Ping(number=3)), key=wire.key))
+        wire.far.shutdown(socket.SHUT_WR)
+        wire.far.outgoing.move(0)
+        wire.turn()
+        wire.carry_out()
+        assert wire.got == [Pong(number=3)]
+        wire.turn()
+        assert wire.end.losses == ["connection closed without a close frame"]
+
+    def test_an_error(self):
+        wire = Wire(tls=True)
+        wire.near.reads = [ssl.SSLError(1, "bad record mac")]
+        wire.link.on_readable()
+        assert wire.end.losses == ["connection failed: bad record mac"]
+
+    def test_what_came_before_the_error_is_handled_first(self):
+        wire = Wire(tls=True)
+        error = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        wire.near.reads = [None, error, error]
+        wire.put(encode_frame(Opcode.TEXT, encode(Ping(number=3)), key=wire.key))
+        wire.turn()
+        wire.carry_out()
+        assert wire.got == [Pong(number=3)]
+        assert not wire.end.losses
+        wire.turn()
+        assert wire.end.losses == ["connection failed: Connection reset by peer"]
+
+    def test_the_end_met_by_a_read_that_wanted_a_write(self):
+        wire = Wire(tls=True)
+        wire.near.reads = [want_write()]
+        wire.link.on_readable()
+        hang_up(wire.far)
+        wire.link.on_writable()
+        assert wire.end.losses == ["connection closed without a close frame"]
+
+    def test_an_error_while_writing(self):
+        wire = Wire(tls=True)
+        wire.near.writes = [ssl.SSLError(1, "protocol is shutdown")]
+        wire.link.ping()
+        assert wire.end.losses == ["connection failed: protocol is shutdown"]
+
+    def test_a_partial_write_goes_on_at_once(self):
+        wire = Wire(tls=True)
+        whole = wire.near.send
+        wire.near.send = lambda data: whole(data[:7])
+        wire.link.ping()
+        assert not wire.link.blocked
+        wire.run()
+        assert Ping(number=1) in wire.got
+
+
+class TestWriting:
+    def test_a_frame_that_does_not_fit_waits_and_goes_on_where_it_stopped(self):
+        wire = Wire("client")
+        _stream, application = wire.open()
+        for room in (0, 5, 3000):
+            wire.near.outgoing.room = room
+            write(application, b"a" * 5000)
+            wire.run()
+            assert wire.link.blocked
+            assert wire.link.mask == READ | WRITE
+            wire.near.outgoing.room = None
+            wire.run()
+            assert wire.link.mask == READ
+        assert wire.data() == b"a" * 15000
+
+    def test_a_frame_that_goes_on_and_fails(self):
+        wire = Wire("client")
+        _stream, application = wire.open()
+        wire.near.outgoing.room = 5
+        write(application, b"a" * 5000)
+        wire.turn()
+        assert wire.link.blocked
+        abort(wire.far)
+        wire.link.on_writable()
+        assert wire.end.losses == ["connection failed: reset"]
+
+    def test_a_gathered_write_that_fails(self):
+        wire = Wire("client")
+        _stream, application = wire.open()
+        write(application, b"a" * 4096)
+        abort(wire.far)
+        stream = wire.link.stream
+        wire.reactor.turn(stream)
+        assert wire.end.losses == ["connection failed: reset"]
+        assert stream.outcome == ("lost", "connection failed: reset")
+
+    def test_one_event_writes_no_more_than_its_budget(self):
+        """A peer that reads as fast as we write must not keep the reactor to itself."""
+        end = End(MemoryReactor(), window=8 * limits.MIB)
+        wire = Wire("client", end=end)
+        stream, _application = wire.open()
+        stream.outbound.append(bytes(4 * limits.MIB))
+        wire.link.flush()
+        written = len(wire.near.outgoing.sent)
+        assert FLUSH_BYTES <= written < FLUSH_BYTES + limits.FRAME_BYTES + 100
+        assert wire.link.mask == READ | WRITE
+        wire.run()
+        assert len(wire.data()) == 4 * limits.MIB
+        assert wire.link.mask == READ
+
+
+class TestLife:
+    def sweep(self, wire: Wire, now: float) -> None:
+        wire.reactor.now = now
+        wire.link.sweep(now)
+        wire.run()
+
+    def test_a_peer_that_does_not_greet_is_closed(self):
+        for side, reason in (("server", "no hello in time"), ("client", "no welcome in time")):
+            wire = Wire(side, greet=False)
+            self.sweep(wire, limits.HANDSHAKE_SECONDS)
+            assert wire.got == []
+            wire.peer.greeted = True
+            self.sweep(wire, limits.HANDSHAKE_SECONDS + 0.1)
+            assert PeerClosed(1008, reason) in wire.got
+
+    def test_pings_go_only_into_silence(self):
+        wire = Wire()
+        self.sweep(wire, limits.PING_AFTER_SECONDS)
+        assert wire.got == []
+        self.sweep(wire, limits.PING_AFTER_SECONDS + 1)
+        assert wire.got == [Ping(number=1)]
+        wire.got.clear()
+        self.sweep(wire, limits.PING_AFTER_SECONDS + 3)
+        assert wire.got == []
+
+    def test_an_rfc_6455_ping_goes_along_for_proxies_that_count_only_those(self):
+        wire = Wire()
+        wire.link.ping()
+        assert b"\x89\x00" in wire.near.outgoing.sent
+
+    def test_a_reset_that_is_not_answered_closes_the_link(self):
+        wire = Wire()
+        stream, _application = wire.open()
+        stream.reset("reset", "gone")
+        wire.carry_out()  # and the peer says nothing
+        assert wire.link.protocol.state is Exchange.RESETTING
+        wire.reactor.now = limits.PONG_WITHIN_SECONDS
+        wire.link.sweep(wire.reactor.now)
+        assert wire.end.losses == [] and wire.link.sock is not None
+        assert not wire.link.protocol.close_sent
+        wire.reactor.now += 0.1
+        wire.link.sweep(wire.reactor.now)
+        assert wire.link.protocol.close_sent
+        assert stream.outcome == ("reset", "gone")
+
+    def test_the_deadline_of_a_reset_does_not_outlive_its_answer(self):
+        wire = Wire()
+        stream, _application = wire.open()
+        stream.reset("reset", "gone")
+        wire.run()
+        assert wire.link.protocol.state is Exchange.IDLE
+        wire.open(2)
+        self.sweep(wire, limits.PONG_WITHIN_SECONDS + 1)
+        assert not wire.link.protocol.close_sent
+
+
+class TestClosing:
+    def test_we_begin(self):
+        for side in ("server", "client"):
+            wire = Wire(side)
+            wire.link.close(1001, "going")
+            wire.link.close(1000, "ignored")
+            wire.carry_out()
+            assert wire.got == [PeerClosed(1001, "going")]
+            wire.carry_in()
+            wire.turn()
+            # RFC 6455 §7.1.1: the server ends the TCP connection first.
+            assert wire.near.outgoing.ended == (side == "server")
+            assert wire.end.losses == []
+            hang_up(wire.far)
+            wire.turn()
+            assert wire.end.losses == ["closed by the peer"]
+
+    def test_the_peer_begins(self):
+        wire = Wire()
+        stream, application = wire.open()
+        wire.peer.close(1000, "done")
+        wire.carry_in()
+        wire.turn()
+        assert stream.outcome == ("lost", "link closed by the peer: 1000 done")
+        assert application.reset_by_peer
+        wire.carry_out()
+        assert wire.got == [PeerClosed(1000, "")]
+        assert wire.near.outgoing.ended
+        wire.near.shutdown = lambda how: pytest.fail("it was ended already")
+        wire.link.flush()
+        hang_up(wire.far)
+        wire.turn()
+        assert wire.end.losses == ["closed by the peer"]
+
+    def test_the_peer_ends_the_connection_without_answering(self):
+        wire = Wire()
+        wire.link.close(1000)
+        wire.far.incoming.sent.clear()  # read
+        hang_up(wire.far)
+        wire.turn()
+        assert wire.end.losses == ["closed"]
+
+    def test_an_end_that_cannot_be_sent(self):
+        wire = Wire()
+
+        def fail(how: int) -> None:
+            raise OSError(errno.ENOTCONN, "not connected")
+
+        wire.near.shutdown = fail
+        wire.peer.close(1000)
+        wire.carry_in()
+        wire.turn()
+        assert wire.end.losses == ["connection failed: not connected"]
+
+    def test_data_under_way_when_we_closed_is_read_and_thrown_away(self):
+        wire = Wire()
+        _stream, application = wire.open()
+        wire.link.close(1001, "going")
+        wire.state.outbound.append(b"late")
+        wire.carry_in()
+        wire.turn()
+        assert not wire.near.incoming.arrived
+        assert read(application) == b""
+        wire.run()
+        assert not wire.end.losses
+
+    def test_garbage_after_our_close_is_read_and_thrown_away(self):
+        wire = Wire()
+        wire.link.close(1001, "going")
+        for _ in range(2):
+            wire.put(b"\xff" * 9)
+            wire.turn()
+        assert not wire.near.incoming.arrived
+        assert wire.end.losses == []
+        wire.carry_out()
+        hang_up(wire.far)
+        wire.turn()
+        assert wire.end.losses == ["closed"]
+
+    def test_messages_after_our_close_are_not_acted_on(self):
+        wire = Wire()
+        wire.end.messages.clear()
+        wire.link.close(1001, "going")
+        wire.say(Ping(number=1), Ack(n=5, consumed=0, limit=0), Opened(n=5), Reset(n=5, code="x"), Eof(n=5, total=0))
+        assert wire.end.messages == []
+        assert [type(event) for event in wire.got] == [PeerClosed]
