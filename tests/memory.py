@@ -128,6 +128,10 @@ class MemoryReactor:
         self._hung_up: set[Handler] = set()  # on_hangup was called since the mask became empty
         self._later: list[Callable[[], None]] = []
 
+    @staticmethod
+    def spent() -> float:
+        return 0.0
+
     def adopt(self, handler: Handler, sock: Any, mask: int = READ) -> None:
         handler.sock, handler.fd, handler.mask, handler.reactor = sock, sock.fileno(), mask, self  # type: ignore[assignment]
         self.handlers[handler] = None

@@ -1,15 +1,15 @@
 """Two ends of the tunnel in memory: the product's sessions, links and streams, with memory sockets between them.
 
-Nothing moves by itself. `World.actions()` lists what can happen next; a test picks. After each step `World.check()` holds
-the invariants of docs/reference/protocol.md; `World.settle()` lets everything flow and `World.finish()` checks how each
-connection ended.
+Nothing moves by itself. `World.actions()` lists what can happen next; a test picks. After each step `World.check()`
+holds the invariants of docs/reference/protocol.md; `World.settle()` lets everything flow and `World.finish()`
+checks how each connection ended.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from tests.memory import MemoryReactor, MemorySocket, Pipe
 from wstunnel import logs

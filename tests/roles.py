@@ -128,8 +128,8 @@ async def serving(state_dir: Path, *, plain: bool = True, **changes: Any) -> Asy
     made: list[Server] = []
 
     class Recorded(Server):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
             made.append(self)
 
     shutdown = trio.Event()

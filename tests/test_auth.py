@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import errno
 import hashlib
 import hmac
 import logging
@@ -585,3 +586,63 @@ class TestFilesThatAreWrong:
             LocalError, match="users/alice may not be written by this user: run it as the user of the server"
         ):
             users.add_token("alice", TOKEN)
+
+
+class TestUsersThatCannotBeReadNow:
+    def test_known_tokens_stay_and_others_are_not_denied(
+        self, users: Users, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        users.add_token("alice", TOKEN)
+        assert users.authenticate(SECRET) == "alice"
+        Users(tmp_path).add_token("alice", OTHER)
+        Users(tmp_path).add_token("bob", OTHER)
+
+        def full(*_: object, **__: object) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", full)
+            patch.setattr(os, "listdir", full)
+            assert users.authenticate(SECRET) == "alice"
+            with pytest.raises(LocalError, match=r"cannot be read at the moment.*too many open files"):
+                users.authenticate(OTHER.reveal())
+            assert not users.empty()
+        assert users.authenticate(OTHER.reveal()) == "bob"
+        assert users.authenticate(Token.new().reveal()) is None
+
+    def test_without_a_last_state_nobody_is_denied(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        Users(tmp_path).add_token("alice", TOKEN)
+        users = Users(tmp_path)
+
+        def failing(*_: object, **__: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", failing)
+            with pytest.raises(LocalError):
+                users.authenticate(SECRET)
+            assert not users.empty()
+        assert users.authenticate(SECRET) == "alice"
+
+    @pytest.mark.parametrize("name", ["users", "."])
+    def test_a_directory_that_others_may_write_is_reported_once(
+        self, users: Users, tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: Clock, name: str
+    ) -> None:
+        users.add_token("alice", TOKEN)
+        assert users.authenticate(SECRET) == "alice"
+        assert caplog.text == ""
+        (tmp_path / name).chmod(0o777)
+        users = Users(tmp_path, now_ns=clock)
+        clock.late = False  # read again each time
+        assert users.authenticate(SECRET) == "alice"
+        assert users.authenticate(SECRET) == "alice"
+        assert caplog.text.count("others may write here") == 1
+
+    def test_a_directory_of_another_user_is_reported(
+        self, users: Users, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        users.add_token("alice", TOKEN)
+        monkeypatch.setattr(os, "geteuid", lambda: 4712)
+        os.chown(tmp_path, 4711, -1) if os.getuid() == 0 else pytest.skip("only root can give a directory away")
+        assert users.authenticate(SECRET) == "alice"
+        assert "another user owns this directory" in caplog.text

@@ -854,9 +854,9 @@ class TestRefusedTargets:
             "tcp:169.254.169.254:80": "forbidden", "tcp:does-not-exist.invalid:80": "name-not-found",
         }  # fmt: skip
         # What the policy says stays in the server's log.
-        forbidden = lines("target forbidden", "server")
+        forbidden = [line for line in lines("stream refused", "server") if line["reason"] == "forbidden"]
         assert [line["target"] for line in forbidden] == [f"tcp:127.0.0.1:{server.port}", "tcp:169.254.169.254:80"]
-        assert all(line["principal"] == "alice" and line["reason"] for line in forbidden)
+        assert all(line["principal"] == "alice" and line["policy"] for line in forbidden)
 
 
 class TestEnd:

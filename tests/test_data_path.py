@@ -24,11 +24,13 @@ small frames are joined into blocks                  TestMemory.test_two_byte_fr
 more than 256 KiB queued pauses local reads          TestMemory.test_a_link_that_takes_nothing_pauses_local_reads
 cancellation takes every socket off                  TestEnd.test_cancelling_the_nursery_closes_every_socket
 closing: flush, SHUT_WR, read to EOF at most 1 s     TestEnd.test_closing_*
+closing TLS: close_notify before SHUT_WR             TestTls.test_a_close_notify_goes_before_the_end
 adopting runs on_readable once                       TestAdopting
 `connect < file`                                     tests/test_reactor.py TestAdopt
 early data in the same read as `open`                TestAdopting.test_early_data_in_the_same_read_as_open_is_not_lost
 control overtakes queued data                        test_control_overtakes_queued_data
 little unsent in the kernel                          tests/test_link.py TestStart.test_the_kernel_keeps_little_*
+the link's reader never waits for a local socket     test_a_link_is_read_though_its_application_takes_nothing
 a failed local write                                 TestFailedWrite
 half-closed and idle for an hour                     test_half_closed_and_idle_for_an_hour_is_reset
 budgets at 50, 75 and 100 %                          TestBudgets
@@ -566,7 +568,8 @@ class TestTls:
         await wait_all_tasks_blocked()
         client.close(1000, "done")
         await until(lambda: not ends.client.links and not ends.server.links)
-        assert ends.client.losses == ends.server.losses == ["closed by the peer"]
+        assert ends.client.losses == ["closed"]
+        assert ends.server.losses == ["closed by the peer: 1000 done"]
 
     async def test_a_close_notify_goes_before_the_end(
         self, contexts: Any, driver: Callable[[], Reactor], nursery: trio.Nursery
@@ -586,7 +589,7 @@ class TestTls:
         assert near.recv(99) == b""
         near.close()
         await until(lambda: not end.links)
-        assert end.losses == ["closed by the peer"]
+        assert end.losses == ["closed by the peer: 1000"]
 
     async def test_a_peer_that_ends_tls_with_its_close_frame(
         self, contexts: Any, driver: Callable[[], Reactor], nursery: trio.Nursery
@@ -608,7 +611,7 @@ class TestTls:
         with socket.socket(fileno=near.detach()) as raw:
             raw.recv(9999)  # what came is read: closing sends no reset
         await until(lambda: not end.links)
-        assert end.losses == ["closed by the peer"]
+        assert end.losses == ["closed by the peer: 1000"]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -401,6 +401,20 @@ class TestStart:
         assert stream.outcome == ("lost", "cannot wait for descriptor 7: no reason given")
         assert not wire.end.links
 
+    @pytest.mark.parametrize("leftover", [b"", b"x"])
+    def test_a_fault_in_our_own_code_loses_it(self, leftover, monkeypatch):
+        """It runs in the caller's task, outside of the reactor, which would have caught it."""
+        wire = Wire(greet=False, start=False)
+
+        def fault(*arguments: object) -> None:
+            raise ValueError("our bug")
+
+        monkeypatch.setattr(Link, "flush", fault)
+        monkeypatch.setattr(Link, "_process", fault)
+        wire.link.start(wire.reactor, wire.near, leftover)
+        assert wire.near.closed
+        assert wire.end.losses == ["internal error: ValueError('our bug')"]
+
     async def test_on_a_reactor_that_has_stopped_the_socket_is_closed(self):
         reactor = make_reactor()
         async with trio.open_nursery() as nursery:
@@ -688,6 +702,47 @@ class TestWriting:
         assert wire.link.mask == READ
 
 
+class TestPace:
+    """How much is read at once follows from how long it takes: a turn is short, whatever the frames are like."""
+
+    @pytest.fixture
+    def seconds(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """What handling one read takes, in the test's hands."""
+        took, clock = [0.0], [0.0]
+
+        def spent() -> float:
+            clock[0] += took[0]
+            return clock[0]
+
+        monkeypatch.setattr(MemoryReactor, "spent", staticmethod(spent))
+        return took
+
+    def test_slow_work_reads_less_down_to_a_floor_and_quick_work_more(self, seconds):
+        for tls in (False, True):
+            wire = Wire(tls=tls)
+            wire.reactor.scratch = memoryview(bytearray(limits.SCRATCH_BYTES))
+            _stream, application = wire.open()
+            seconds[0] = 2 * limits.TURN_SECONDS
+            for _ in range(9):
+                wire.state.outbound.append(b"x")
+                wire.run()
+            wire.state.outbound.append(bytes(3 * limits.READ_FLOOR_BYTES))
+            wire.carry_in()
+            read(application)
+            wire.reactor.turn(wire.link)
+            assert 0 < len(read(application)) <= limits.READ_FLOOR_BYTES
+            wire.run()
+            seconds[0] = limits.TURN_SECONDS / 2  # neither slow nor quick
+            wire.state.outbound.append(b"x")
+            wire.run()
+            assert wire.link._read_size == limits.READ_FLOOR_BYTES
+            seconds[0] = 0.0
+            for _ in range(30):
+                wire.state.outbound.append(b"x")
+                wire.run()
+            assert wire.link._read_size == limits.SCRATCH_BYTES
+
+
 class TestLife:
     def sweep(self, wire: Wire, now: float) -> None:
         wire.reactor.now = now
@@ -701,7 +756,37 @@ class TestLife:
             assert wire.got == []
             wire.peer.greeted = True
             self.sweep(wire, limits.HANDSHAKE_SECONDS + 0.1)
-            assert PeerClosed(1008, reason) in wire.got
+            assert PeerClosed(1002, reason) in wire.got
+
+    def test_a_peer_that_takes_nothing_is_lost_though_it_sends(self):
+        for tls in (False, True):
+            wire = Wire("client", tls=tls)
+            _stream, application = wire.open()
+            wire.near.outgoing.room = 0
+            write(application, b"nobody takes this")
+            wire.run()
+            for now in (limits.STALLED_SECONDS / 2, limits.STALLED_SECONDS):
+                wire.reactor.now = now
+                wire.say(Ping(number=1))
+                wire.link.sweep(now)
+                assert wire.end.losses == []
+            wire.reactor.now = limits.STALLED_SECONDS + 1
+            wire.link.sweep(wire.reactor.now)
+            assert wire.end.losses == [f"the peer took nothing for {limits.STALLED_SECONDS + 1:.0f} s"]
+
+    def test_a_peer_that_takes_a_little_is_not(self):
+        wire = Wire("client")
+        _stream, application = wire.open()
+        wire.near.outgoing.room = 10
+        write(application, bytes(3000))
+        wire.run()
+        for step in range(1, 5):
+            wire.reactor.now = step * limits.STALLED_SECONDS
+            wire.near.outgoing.room = 10
+            wire.say(Ping(number=1))
+            wire.link.sweep(wire.reactor.now)
+        assert wire.link.blocked
+        assert wire.end.losses == []
 
     def test_pings_go_only_into_silence(self):
         wire = Wire()
@@ -759,7 +844,7 @@ class TestClosing:
             assert wire.end.losses == []
             hang_up(wire.far)
             wire.turn()
-            assert wire.end.losses == ["closed by the peer"]
+            assert wire.end.losses == ["closed"], "it only answered"
 
     def test_the_peer_begins(self):
         wire = Wire()
@@ -776,7 +861,7 @@ class TestClosing:
         wire.link.flush()
         hang_up(wire.far)
         wire.turn()
-        assert wire.end.losses == ["closed by the peer"]
+        assert wire.end.losses == ["closed by the peer: 1000 done"]
 
     def test_the_peer_ends_the_connection_without_answering(self):
         wire = Wire()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -402,6 +403,61 @@ class TestStderrThatFails:
         done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, check=False)
         os.close(writer)
         assert (done.returncode, done.stdout) == (0, b"done\n")
+
+
+FLOOD = (
+    "from wstunnel import logs; logs.configure(verbosity=0, format='text', environ={});"
+    "[logs.logger('x').info('line', value='x' * 250) for _ in range(2000)]; print('done')"
+)
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe", "socket"])
+def test_a_reader_that_stops_does_not_stop_the_program(kind: str) -> None:
+    if kind == "terminal":
+        reader, writer = os.openpty()
+    elif kind == "pipe":
+        reader, writer = os.pipe()
+        os.write(writer, b"#" * 61_441)  # the last page is free but for a byte: ready, with less room than the line
+    else:
+        reader, writer = (end.detach() for end in socket.socketpair())
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", FLOOD], stdout=subprocess.PIPE, stderr=writer, check=False, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (0, b"done\n")
+        assert os.get_blocking(writer)  # it is shared with others
+        assert os.read(reader, 65536)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_the_handler_closes_what_it_opened() -> None:
+    pipe = Pipe(blocking=True)
+    log.info("seen")
+    pipe.stream.close()
+    configured()
+    assert pipe.read().endswith("Z seen\n")
+    assert pipe.read() == ""  # the end: no other descriptor of the pipe is open
+    os.close(pipe.reader)
+
+
+def test_without_proc_a_long_line_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipe(blocking=True)
+
+    def refused(*_: object) -> int:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "open", refused)
+    os.write(pipe.stream.fileno(), b"#" * 4096)
+    log.info("long", **{f"field_{number}": "x" * 256 for number in range(24)})
+    first = pipe.read()
+    assert len(first) == pipe.size
+    log.info("next")
+    lines = (first[4096:] + pipe.read()).splitlines()
+    assert lines[0].endswith("field_23=" + "x" * 256)
+    assert lines[1].endswith("Z next")
+    pipe.close()
 
 
 def test_hash_id_hides_the_id() -> None:

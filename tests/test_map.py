@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire.directions",),
     ("wire.protocol",),
     # This machine and the texts with a grammar; none knows of another.
-    ("descriptors", "logs", "pool", "reactor", "state", "systemd", "targets", "transport"),
+    ("logs",),
+    ("descriptors", "pool", "reactor", "state", "systemd", "targets", "transport"),
     ("auth", "forwards", "policy", "tls"),
     # The data path: one stream, one link, and the ways out.
     ("config", "dial", "link", "profiles", "stream"),

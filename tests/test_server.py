@@ -174,7 +174,8 @@ class TestGreeting:
     async def test_another_version_is_refused(self, make_world: Make) -> None:
         world = make_world()
         peer = Peer(world)
-        assert await peer.send(hello(version=VERSION + 1)) == []
+        (welcome,) = await peer.send(hello(version=VERSION + 1))
+        assert welcome.version == VERSION  # says what would do
         assert peer.closed == (1008, f"version {VERSION + 1} is not spoken here, only {VERSION}")
         assert not world.server._sessions
 
@@ -196,7 +197,7 @@ class TestGreeting:
         assert peer.closed is None
         await trio.sleep(2)
         peer.feed(bytes(peer.near.incoming.arrived))
-        assert peer.closed == (1008, "no hello in time")
+        assert peer.closed == (1002, "no hello in time")
         await trio.sleep(2)
         assert not world.server._greeting
 
@@ -219,7 +220,7 @@ class TestGreeting:
         for peer in (peers[0], peers[2]):
             assert Opened(n=1, address="10.0.0.5:5432") in await peer.send(opening(1))
         principals = world.server._principals
-        assert {name: principal.streams() for name, principal in principals.items()} == {"alice": 1, "bob": 1}
+        assert {name: principal.streams for name, principal in principals.items()} == {"alice": 1, "bob": 1}
         assert {name: principal.links for name, principal in principals.items()} == {"alice": 2, "bob": 1}
         assert principals["alice"].budget is not principals["bob"].budget
         assert world.server.limiter(principals["alice"]) is not world.server.limiter(principals["bob"])
@@ -275,8 +276,9 @@ class TestOpen:
         assert len(lines("stream opened")) == 3
         ended = lines("stream ended")
         assert [(line["received"], line["sent"], line["reason"]) for line in ended] == [(3, 0, "finished")] * 3
-        assert ended[0]["peer"] == "192.0.2.9:1"
-        assert not world.server._principals["alice"].streams()
+        assert ended[0]["application"] == "192.0.2.9:1"  # as the client claims
+        assert ended[0]["peer"] == peer.link.peer  # as it is
+        assert not world.server._principals["alice"].streams
 
     async def test_an_id_that_was_used_is_never_dialled_again(self, make_world: Make, lines: LogLines) -> None:
         world = make_world()
@@ -354,7 +356,7 @@ class TestOpen:
         await trio.sleep(6)
         assert world.dialled == ["tcp:db:5432"]
         assert not world.targets
-        assert not world.server._principals["alice"].streams()
+        assert not world.server._principals["alice"].streams
 
     async def test_the_end_of_a_link_stops_the_dial_and_resets_the_target(
         self, make_world: Make, lines: LogLines
@@ -942,7 +944,7 @@ class TestRun:
             monkeypatch.setattr(
                 tcp,
                 name,
-                lambda *args, name=name, real=real: events.append(name) or real(*args),  # type: ignore[func-returns-value]
+                lambda *a, name=name, real=real, **k: events.append(name) or real(*a, **k),  # type: ignore[func-returns-value]
             )
         certificate, announce = tls.ensure_certificate, server_module.write_announcement
         monkeypatch.setattr(

@@ -11,11 +11,13 @@ import pytest
 from tests.memory import MemoryReactor, MemorySocket
 from tests.test_link import SESSION, End, Wire, close_write, hang_up, identify, read, write
 from wstunnel import limits, logs
+from wstunnel.link import Link
 from wstunnel.server import ServerSession
 from wstunnel.session import HALF_CLOSED_SWEEPS, Principal, Session
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.messages import Ack, Bye, Need, Ping, Reset
 from wstunnel.wire.protocol import PeerClosed
+from wstunnel.wire.states import Exchange
 
 
 def sweep(wire: Wire, now: float, times: int = 1) -> None:
@@ -27,17 +29,22 @@ def sweep(wire: Wire, now: float, times: int = 1) -> None:
 
 
 class TestPrincipal:
-    def test_counts_over_all_its_sessions(self):
+    def test_counts_streams_over_all_its_sessions(self):
         everyone: dict[str, Principal] = {}
         principal = Principal("someone", Budget(1 << 30), everyone)
         assert everyone == {"someone": principal}
         sessions = [Session(SESSION, principal, MemoryReactor(), logs.logger("test")) for _ in range(2)]
-        for number, session in enumerate(sessions):
+        assert principal.sessions == set(sessions)
+        streams = [
             session.make_stream(identify(number), egress=True, target="t", peer="p")
-        assert principal.streams() == 2
+            for number, session in enumerate(sessions)
+        ]
+        assert principal.streams == 2
+        streams[0].reset("refused", "no")
+        assert principal.streams == 1
         sessions[0].leave()
         sessions[0].leave()
-        assert principal.streams() == 1
+        assert principal.sessions == {sessions[1]}
 
     def test_its_budget_is_part_of_the_processes(self):
         process = Budget(1 << 30)
@@ -124,10 +131,13 @@ class TestLog:
         wire = Wire()
         wire.begin()
         wire.run()
+        wire.end.accepted[0].note = "no rule allows it"
         wire.end.accepted[0].reset("refused", "connection refused")
         wire.run()
         (refused,) = self.lines(caplog, "stream refused")
         assert (refused["reason"], refused["detail"]) == ("refused", "connection refused")
+        assert refused["policy"] == "no rule allows it", "for the log only"
+        assert all("no rule" not in str(message) for message in wire.got)
         assert self.lines(caplog, "stream ended") == []
 
 
@@ -154,6 +164,32 @@ class TestSweep:
         wire.end.stream_moved(stream)
         sweep(wire, 2.0)
         assert wire.got == [Reset(n=1, code="idle", message="enough")]
+
+    def test_a_fault_in_our_own_code_ends_only_that_link(self, monkeypatch):
+        """The sweep runs outside of the reactor, which would have caught it."""
+        end = End(MemoryReactor())
+        bad, moved, good = Wire(end=end), Wire(end=end), Wire(end=end)
+        moved_stream, _ = moved.open(1)
+        end.stream_moved(moved_stream)
+        good_stream, _ = good.open(2)
+        original = {name: getattr(Link, name) for name in ("sweep", "flush")}
+
+        def sweep_link(link, now):
+            if link is bad.link:
+                raise ValueError("our bug")
+            original["sweep"](link, now)
+
+        def flush(link):
+            if link is moved.link:
+                raise ValueError("another")
+            original["flush"](link)
+
+        monkeypatch.setattr(Link, "sweep", sweep_link)
+        monkeypatch.setattr(Link, "flush", flush)
+        end.sweep(1.0)
+        assert end.losses == ["internal error: ValueError('another')", "internal error: ValueError('our bug')"]
+        assert end.links == {good.link}
+        assert good_stream.outcome is None
 
     def test_links_keep_their_deadlines(self):
         wire = Wire()
@@ -278,7 +314,7 @@ class TestBudgets:
         reactor = MemoryReactor()
         principal = Principal("someone", Budget(1 << 30), {})
         principal.budget.charge(int(principal.budget.capacity * 0.75))
-        session = ServerSession(SESSION, principal, SimpleNamespace(reactor=reactor))
+        session = ServerSession(SESSION, principal, SimpleNamespace(reactor=reactor, share=lambda most: most))
         wire = Wire()
         wire.link.owner = session
         wire.begin()
@@ -286,8 +322,8 @@ class TestBudgets:
         assert wire.got == [Reset(n=1, code="limit", message="too much memory is held")]
         assert not session.streams
 
-    def test_a_link_that_cannot_take_the_reset_is_closed_and_its_acks_are_not_held_against_the_peer(self):
-        """The memory is given back at once; an ack that is on its way acks bytes that are gone here."""
+    def test_a_reset_that_the_link_cannot_take_yet_goes_later(self):
+        """The memory is given back at once; an ack that is under way is for bytes that are gone here, and no fault."""
         end = End(MemoryReactor(), window=64 * 1024, capacity=16 * 1024)
         wire, other = Wire("client", end=end), Wire("client", end=end)
         stream, application = wire.open()
@@ -298,15 +334,18 @@ class TestBudgets:
         assert wire.link.blocked
         other.state.outbound.append(bytes(6000))
         other.run()
-        assert stream.outcome == ("limit", "too much memory is held: the largest stream is reset")
+        assert stream.reason == ("limit", "too much memory is held: the largest stream is reset")
         assert end.principal.budget.held == 6000
+        wire.say(Ack(n=1, consumed=3000, limit=3000 + 64 * 1024))
         wire.near.outgoing.room = None
-        wire.say(Ack(n=1, consumed=9000, limit=9000 + 64 * 1024))
-        closed = [event for event in wire.got if isinstance(event, PeerClosed)]
-        assert closed == [PeerClosed(1008, "too much memory is held: the largest stream is reset")]
+        wire.run()
+        assert wire.messages()[-1] == Reset(n=1, code="limit", message=stream.reason[1])
+        assert stream.outcome == stream.reason
         assert other_stream.outcome is None
+        assert not end.losses
+        assert wire.link.protocol.state is wire.peer.state is Exchange.IDLE
 
-    def test_a_stream_that_may_send_no_reset_any_more_is_not_corrupted_either(self):
+    def test_a_stream_that_may_send_no_reset_any_more_gives_its_memory_back_and_ends(self):
         end = End(MemoryReactor(), window=64 * 1024, capacity=16 * 1024)
         wire, other = Wire("client", end=end), Wire("client", end=end)
         wire.consuming = False
@@ -321,8 +360,15 @@ class TestBudgets:
         other.run()
         wire.run()
         assert end.principal.budget.held == 6000
-        wire.say(Ack(n=1, consumed=9000, limit=9000 + 64 * 1024))
-        assert [event.code for event in wire.messages() if isinstance(event, PeerClosed)] == [1008]
+        for consumed in (9000, 3000):
+            wire.state.inbound.taken(consumed)
+            wire.state.ack_wanted = True
+            wire.run()
+        wire.state.inbound.end_delivered()
+        wire.run()
+        assert stream.outcome is not None
+        assert not end.losses
+        assert wire.link.protocol.state is wire.peer.state is Exchange.IDLE
 
 
 class TestClose:

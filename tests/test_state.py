@@ -274,3 +274,19 @@ class TestRootInTheDirectoryOfTheServersUser:
         monkeypatch.setattr(os, "fchown", refusing(PermissionError, errno.EPERM))
         with PrivateDirectory.open(tmp_path / "users", create=True) as private:
             private.write("file", b"x")
+
+
+def test_a_lock_that_is_never_given_up_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "LOCK_SECONDS", 0.0)
+    with (
+        PrivateDirectory.open(tmp_path, lock=True),
+        pytest.raises(LocalError, match=f"{tmp_path} is locked by another process"),
+    ):
+        PrivateDirectory.open(tmp_path, lock=True)
+    PrivateDirectory.open(tmp_path, lock=True).close()
+
+
+def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = PrivateDirectory.open(tmp_path, lock=True)
+    monkeypatch.setattr(state.time, "sleep", lambda _: other.close())
+    PrivateDirectory.open(tmp_path, lock=True).close()

@@ -289,7 +289,7 @@ class TestServerContext:
             raise PermissionError(errno.EACCES, "Permission denied")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "open", refuse)
+            patch.setattr(os, "open", refuse)
             with pytest.raises(LocalError, match=r"server\.crt may not be read by this user"):
                 tls.server_context(*files)
         # Between the two readings anything may happen to the file.
@@ -474,3 +474,11 @@ class TestTranslationOfHandshakes:
         translated = tls.translate_tls_error(error, "h")
         assert type(translated) is NetworkError
         assert text in str(translated)
+
+
+def test_a_named_pipe_as_certificate_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LocalError, match=r"the certificate .*pipe is not a regular file"):
+        tls.server_context(tmp_path / "pipe", tmp_path / "pipe")
+    with pytest.raises(LocalError, match="the CA file /dev/zero is not a regular file"):
+        tls.client_context(Path("/dev/zero"), ())

@@ -12,9 +12,12 @@ base64url without padding or as hex. Neither the token nor what follows `#` ever
 from __future__ import annotations
 
 import base64
+import contextlib
+import errno
 import hashlib
 import os
 import re
+import stat
 import time
 from dataclasses import dataclass
 from hmac import compare_digest
@@ -349,6 +352,12 @@ def _masked(text: str, position: int) -> tuple[str, int]:
     return "".join(parts), shown + position - done if moved is None else moved
 
 
+_PASSING: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ENOBUFS, errno.ESTALE, errno.ETIMEDOUT}
+)
+"""Errors of a moment or of the machine. A token that they hide must not be refused: its client would leave for good."""
+
+
 @dataclass(frozen=True, slots=True)
 class _UserFile:
     """What one user's file said. `signature` is `None` if it must be read again, see `RACY_NANOSECONDS`."""
@@ -365,7 +374,8 @@ class Users:
         sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 2026-11-22
 
     What stands after the hash is for people. Changes count at once: each call looks at the times of the files (about
-    2 µs a user) and reads what changed. What cannot be read gives nobody access, is logged once, and stops nothing.
+    2 µs a user) and reads what changed. What cannot be read gives nobody access, is logged once, and stops nothing; but
+    what cannot be read only now (the process is out of descriptors, the disk fails) counts as it was last read.
 
     Args:
         directory: the state directory.
@@ -381,11 +391,15 @@ class Users:
         self._names: tuple[str, ...] = ()
         self._tokens: tuple[tuple[bytes, str], ...] = ()
         self._reported: set[tuple[str, str]] = set()
+        self._unread: tuple[str, OSError] | None = None
 
     def authenticate(self, token_text: str) -> str | None:
         """The user whose token this is; `None` for everything else, malformed text included.
 
         The digest is compared with every one there is, in constant time each.
+
+        Raises:
+            LocalError: the token is not known, but something could not be read now, where it may stand.
         """
         try:
             digest = Token.parse(token_text).digest()
@@ -396,12 +410,18 @@ class Users:
         for known, name in self._tokens:
             if compare_digest(known, digest):
                 found = name
+        if found is None and self._unread is not None:
+            name, error = self._unread
+            raise LocalError(
+                f"{self._directory / name} cannot be read at the moment, so whether the token is known cannot be said: "
+                f"{reason(error)}"
+            ) from error
         return found
 
     def empty(self) -> bool:
-        """Whether no user has a token, so that nobody can connect."""
+        """Whether no user has a token, so that nobody can connect. `False` if that cannot be read at the moment."""
         self._refresh()
-        return not self._tokens
+        return not self._tokens and self._unread is None
 
     def add_token(self, name: str, token: Token) -> None:
         """Let `token` in as user `name`, beside the tokens that it has. Only the hash is kept.
@@ -431,6 +451,7 @@ class Users:
 
     def _refresh(self) -> None:
         now = self._now_ns()
+        self._unread = None
         changed = self._refresh_names(now)
         files: dict[str, _UserFile] = {}
         for name in self._names:
@@ -444,6 +465,10 @@ class Users:
                 changed = True
                 continue
             except OSError as error:
+                if self._passing(name, error):
+                    if known is not None:
+                        files[name] = known
+                    continue
                 self._report(name, f"{type(error).__name__}: {reason(error)}")
                 changed = True
                 continue
@@ -454,15 +479,21 @@ class Users:
 
     def _refresh_names(self, now: int) -> bool:
         try:
-            current = _signature(os.stat(self._directory))
+            status = os.stat(self._directory)
+            current = _signature(status)
             if current == self._signature:
                 return False
             entries = sorted(entry for entry in os.listdir(self._directory) if not entry.startswith("."))
         except OSError as error:
+            if self._passing("", error):
+                return False
             if not isinstance(error, FileNotFoundError):
                 self._report("", f"{type(error).__name__}: {reason(error)}")
             self._names, self._signature = (), None
             return True
+        self._warn_if_writable(self._directory, status)
+        with contextlib.suppress(OSError):  # a state directory that may be entered but not looked at
+            self._warn_if_writable(self._directory.parent, os.stat(self._directory.parent))
         for entry in entries:
             if not _USER_NAME.fullmatch(entry):
                 self._report(entry, f"not a user's name ({USER_GRAMMAR})")
@@ -495,6 +526,30 @@ class Users:
                 expected="sha256:HEX DATE",
             )
         return _UserFile(None if _racy(signature, now) else signature, tuple(digests), frozenset(malformed))
+
+    def _passing(self, name: str, error: OSError) -> bool:
+        """Whether an error says nothing about the file, so that what was read before still counts."""
+        if error.errno not in _PASSING:
+            return False
+        self._unread = (name, error)
+        problem = f"{type(error).__name__}: {reason(error)}"
+        if (name, problem) not in self._reported:
+            self._reported.add((name, problem))
+            _log.error("cannot read the users now: those last read count", file=self._directory / name, reason=problem)
+        return True
+
+    def _warn_if_writable(self, path: Path, status: os.stat_result) -> None:
+        """Say once if others than this user (and root) can put files into a directory that decides who is let in."""
+        problems: list[str] = []
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            problems.append("others may write here, and so let themselves in: chmod go-w")
+        # Root runs `wstunnel invite` in the directory of the server's user.
+        if os.geteuid() != 0 and status.st_uid not in (0, os.geteuid()):
+            problems.append("another user owns this directory, and so decides who is let in: chown it")
+        for problem in problems:
+            if (str(path), problem) not in self._reported:
+                self._reported.add((str(path), problem))
+                _log.warning(problem, directory=path)
 
     def _report(self, name: str, problem: str) -> None:
         if (name, problem) not in self._reported:

@@ -24,7 +24,7 @@ from wstunnel.pool import SURPLUS_SECONDS, Backoff, Demand, links_to_dial
 from wstunnel.reactor import Reactor, make_reactor
 from wstunnel.session import Principal, Session
 from wstunnel.wire.credit import Budget
-from wstunnel.wire.frames import MaskKeys
+from wstunnel.wire.frames import CloseCode, MaskKeys
 from wstunnel.wire.messages import FEATURES, VERSION, AnyMessage, Bye, Hello, LinkRole, Welcome
 from wstunnel.wire.protocol import LinkProtocol
 from wstunnel.wire.states import Exchange
@@ -34,6 +34,8 @@ _log = logs.logger("client")
 _random = random.SystemRandom()
 YOUNG_SECONDS = 1.0
 """A link that the server closes this soon counts as a failed dial: dialling again at once would be a storm."""
+WAITING_RETRY_SECONDS = 2.0
+"""Longest pause between dials while an application waits, which it does for 10 s."""
 _READY = frozenset({Exchange.NEW, Exchange.IDLE})
 """States of a link that can take a stream."""
 
@@ -75,6 +77,8 @@ class ClientSession(Session):
         self._backoff = Backoff(random_float)
         self._retry_at = -math.inf
         self._away = False
+        self._said_away = False
+        self._settled = True  # False after a link died young, until one has lived for a while
         self._welcomed = False
         self._stopping = False
         self._refusal: ServerRefusedError | None = None
@@ -99,7 +103,12 @@ class ClientSession(Session):
                 self._changed = trio.Event()
                 if self._away and not any(not link.protocol.greeted for link in self.links):
                     # One dial at a time finds out when the server is back; its `welcome` ends the absence.
-                    await trio.sleep_until(self._retry_at)
+                    if self._waiting:
+                        self._retry_at = min(self._retry_at, trio.current_time() + WAITING_RETRY_SECONDS)
+                    with trio.move_on_at(self._retry_at) as scope:
+                        await self._changed.wait()
+                    if not scope.cancelled_caught:
+                        continue
                     await self._dial_link(self._next_role())
                     continue
                 if not self._away:
@@ -113,7 +122,7 @@ class ClientSession(Session):
     def _missing(self) -> int:
         if self._stopping:
             return 0
-        if not self._welcomed:
+        if not self._welcomed or not self._settled:
             # The first one finds out whether the server takes us at all: one refusal in its log, not twelve.
             return int(not self._dialling and not self.links)
         return links_to_dial(
@@ -143,6 +152,10 @@ class ClientSession(Session):
             if not self._welcomed:
                 raise
             self._failed(error)  # a captive portal, perhaps; the next network will be another
+        except ServerRefusedError as error:
+            if not any(link.protocol.greeted for link in self.links):
+                raise
+            self._failed(NetworkError("http", str(error)))  # a proxy being reloaded, perhaps: streams live on
         except NetworkError as error:
             self._failed(error)
         else:
@@ -188,13 +201,19 @@ class ClientSession(Session):
         link.measure(link.created)
         if message.idle_links:
             self._demand.least = min(self._least, message.idle_links)
+        self._away = False
+        if self._settled:
+            self._back()
+        self._changed.set()
+
+    def _back(self) -> None:
+        """The server is there, and stays."""
         self._backoff.succeeded()
-        if self._away or not self._welcomed:
+        if self._said_away or not self._welcomed:
             _log.info("connected again" if self._welcomed else "connected", server=str(self._dialler.url))
             systemd.notify(f"STATUS=connected to {self._dialler.url.authority}", environ=os.environ)
-        self._away = False
+        self._said_away = False
         self._welcomed = True
-        self._changed.set()
 
     def idle(self, link: Link) -> None:
         if link.protocol.role == "forward" and not self._stopping:
@@ -206,7 +225,12 @@ class ClientSession(Session):
             self._control = None
         if link in self._idle:
             self._idle.remove(link)
-        if not self._stopping and (not link.protocol.greeted or self.reactor.now - link.created < YOUNG_SECONDS):
+        if self._stopping:
+            pass
+        elif not link.protocol.greeted and link.close_code == CloseCode.POLICY:
+            self._refusal = ServerRefusedError(f"the server refused the link: {logs.escape(reason)}")
+        elif not link.protocol.greeted or self.reactor.now - link.created < YOUNG_SECONDS:
+            self._settled = False
             self._failed(NetworkError("tunnel", reason))
         if self._stopping and not self.links:
             self.gone.set()
@@ -218,13 +242,14 @@ class ClientSession(Session):
         if now < self._retry_at:
             return
         self._retry_at = now + self._backoff.failed()
-        if not self._away:
-            self._away = True
+        self._away = True
+        if not self._said_away:
+            self._said_away = True
             _log.warning(
                 "lost the server, trying again" if self._welcomed else "cannot reach the server, trying again",
                 layer=error.layer, reason=str(error),
             )  # fmt: skip
-            systemd.notify(f"STATUS=the server is away: {error}", environ=os.environ)
+            systemd.notify(f"STATUS=the server is away: {logs.escape(str(error))}", environ=os.environ)
         self._changed.set()
 
     # --- applications' connections ------------------------------------------------------------------------------------
@@ -289,6 +314,11 @@ class ClientSession(Session):
     def sweep(self, now: float) -> None:
         super().sweep(now)
         self._demand.second()
+        if not self._settled and any(
+            link.protocol.greeted and now - link.created >= YOUNG_SECONDS for link in self.links
+        ):
+            self._settled = True
+            self._back()
         surplus = len(self._idle) - self._demand.wanted()
         # The stack's bottom was idle longest.
         for link in self._idle[: max(surplus, 0)]:
@@ -333,7 +363,7 @@ def _bind(config: ClientConfig) -> list[tuple[socket.socket, Forward]]:
 
 
 def _listen(forward: Forward) -> list[socket.socket]:
-    sockets = tcp.bind_all(forward.addresses, forward.port)
+    sockets = tcp.bind_all(forward.addresses, forward.port, lenient=len(forward.addresses) > 1)
     try:
         for sock in sockets:
             tcp.activate(sock)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+UNKNOWN = 8192
+"""Where the system does not say: what Windows allows a C program."""
 
-def raise_limit() -> None:
-    """Raise the soft limit of open descriptors to the hard one: a tunnelled stream takes two at each end."""
+
+def raise_limit() -> int:
+    """Raise the soft limit of open descriptors to the hard one: a tunnelled stream takes two at each end.
+
+    Returns the limit that holds now.
+    """
     try:
         import resource
     except ImportError:  # pragma: no cover  # Windows has no such limit
-        return
+        return UNKNOWN
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError):  # pragma: no cover  # macOS refuses RLIM_INFINITY: the soft limit stays
         pass
+    return UNKNOWN if hard == resource.RLIM_INFINITY else hard

@@ -14,6 +14,10 @@ HANDSHAKE_SECONDS = 10.0
 """From accept (or dial) to the end of the upgrade, TLS included. A stranger can hold a connection no longer."""
 HANDSHAKES = 1024
 """Connections that are not authenticated yet. Beyond it the oldest is dropped: strangers cannot lock users out."""
+HANDSHAKES_DIVISOR = 16
+"""Handshakes take at most this part of the descriptors that the process may have."""
+PRINCIPAL_SHARE = 0.46
+"""Links of one principal, and as many streams, as a part of the descriptors: 92 % in all, so that others get in."""
 REFUSAL_BODY_BYTES = 4 * KIB
 """How much of a refusing response's body the client reads to show its first line."""
 
@@ -34,6 +38,10 @@ NUMBER_MAX = 2**53 - 1
 # --- streams --------------------------------------------------------------------------------------------------------
 SCRATCH_BYTES = 256 * KIB
 """The one read buffer of the process. 256 KiB reads were the best for bulk on loopback."""
+READ_FIRST_BYTES = 16 * KIB
+"""First read of a link, and bounds for a stranger: 16 KiB of tiny frames take 20 ms, 256 KiB a third of a second."""
+READ_FLOOR_BYTES = 1 * KIB
+"""Least that is read from a link whose frames take long to handle."""
 BLOCK_BYTES = 16 * KIB
 """Replay and inbox bytes are kept in blocks of at least this: 2-byte frames otherwise cost 20-180 heap bytes a byte."""
 LINK_QUEUE_BYTES = 256 * KIB
@@ -68,6 +76,8 @@ OPEN_WAIT_SECONDS = 10.0
 """How long an accepted connection waits for a link before it is reset."""
 STOP_SECONDS = 3.0
 """From SIGTERM to exit, whatever is open."""
+STALLED_SECONDS = 60.0
+"""A link that takes no byte of a begun frame for this long is given up. 100 kbit/s empty a full buffer in 20 s."""
 LINGER_SECONDS = 1.0
 """After our Close or FIN: how long the other side's is awaited."""
 PING_AFTER_SECONDS = 15.0

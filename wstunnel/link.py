@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from wstunnel import limits
+from wstunnel import limits, logs
 from wstunnel.errors import LocalError, ProtocolError
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
 from wstunnel.wire.messages import Ack, AnyMessage, Eof, Message, Opened, Ping, Pong, Reset
@@ -22,6 +22,9 @@ FLUSH_BYTES = 1024 * 1024
 NOTSENT_LOWAT = 256 * 1024
 """Unsent bytes that the kernel takes on a link, so that control messages do not queue behind megabytes (tcp(7))."""
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+
+
+_log = logs.logger("link")
 
 
 class LinkOwner(Protocol):
@@ -50,13 +53,14 @@ class Link(Handler):
         stream: what it carries; stays until a reset of it was answered.
         round_trip: the smallest measured, in seconds; 0 until then.
         idle_since: when it last became idle.
+        close_code: of the peer's close frame; None until it came.
         last_id: id of the last stream that ended on it (its tombstone goes at the next open).
     """
 
     __slots__ = (
-        "_closing_at", "_pending", "_ping_at", "_ping_number", "_read_wants_write", "_resetting_at", "_shut", "_tls",
-        "_write_wants_read", "created", "idle_since", "last_id", "last_received", "owner", "peer", "protocol",
-        "round_trip", "stream",
+        "_close_reason", "_closing_at", "_pending", "_ping_at", "_ping_number", "_progress_at", "_read_size",
+        "_read_wants_write", "_resetting_at", "_shut", "_tls", "_write_wants_read", "close_code", "created",
+        "idle_since", "last_id", "last_received", "owner", "peer", "protocol", "round_trip", "stream",
     )  # fmt: skip
 
     def __init__(self, protocol: LinkProtocol, owner: LinkOwner, *, peer: str, now: float) -> None:
@@ -72,6 +76,10 @@ class Link(Handler):
         self._pending: memoryview | None = None
         self._read_wants_write = False
         self._write_wants_read = False
+        self.close_code: int | None = None
+        self._close_reason = ""
+        self._read_size = limits.READ_FIRST_BYTES
+        self._progress_at = now
         self._ping_at: float | None = None
         self._ping_number = 0
         self._closing_at: float | None = None
@@ -93,10 +101,13 @@ class Link(Handler):
             self._detach(str(error))
             self.owner.lost(self, str(error))
             return
-        if leftover and self.sock is not None:
-            self._process(leftover)
-        elif self.sock is not None:
-            self.flush()
+        try:
+            if leftover and self.sock is not None:
+                self._process(leftover)
+            else:
+                self.flush()
+        except Exception as error:
+            self.fail(error)
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
@@ -104,14 +115,24 @@ class Link(Handler):
         size = self._read_tls() if self._tls else self._read_plain()
         if size and self.sock is not None:
             self.last_received = self.reactor.now
+            before = self.reactor.spent()
             self._process(self.reactor.scratch[:size])
+            self._pace(self.reactor.spent() - before)
         if self._write_wants_read:
             self.flush()  # whatever was read, be it only TLS's own
 
+    def _pace(self, took: float) -> None:
+        """Read less at once where many tiny frames take long, more where few large ones do not: a turn is short."""
+        if took > limits.TURN_SECONDS:
+            self._read_size = max(self._read_size // 4, limits.READ_FLOOR_BYTES)
+        elif took < limits.TURN_SECONDS / 4 and self._read_size < limits.SCRATCH_BYTES:
+            self._read_size *= 2
+
     def _read_plain(self) -> int:
         assert self.sock is not None
+        scratch = self.reactor.scratch
         try:
-            size = self.sock.recv_into(self.reactor.scratch)
+            size = self.sock.recv_into(scratch, min(self._read_size, len(scratch)))
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
@@ -126,10 +147,11 @@ class Link(Handler):
         assert self.sock is not None
         scratch = self.reactor.scratch
         filled = 0
+        room = min(self._read_size, len(scratch))
         self._read_wants_write = False
         try:
-            while filled < len(scratch):
-                size = self.sock.recv_into(scratch[filled:])
+            while filled < room:
+                size = self.sock.recv_into(scratch[filled:room])
                 if not size:
                     break
                 filled += size
@@ -151,8 +173,8 @@ class Link(Handler):
         return filled
 
     def _ended(self) -> None:
-        if self.protocol.close_received:
-            self.lose("closed by the peer")
+        if self.close_code is not None:
+            self.lose(f"closed by the peer: {self.close_code} {self._close_reason}".rstrip())
         elif self.protocol.close_sent:
             self.lose("closed")
         else:
@@ -209,6 +231,7 @@ class Link(Handler):
                 self.measure(self._ping_at)
                 self._ping_at = None
         elif isinstance(event, PeerClosed):
+            self.close_code, self._close_reason = event.code, event.reason
             self._closing_at = self.reactor.now + limits.LINGER_SECONDS
             self._detach(f"link closed by the peer: {event.code} {event.reason}".rstrip())
         elif not isinstance(event, Ping):
@@ -277,6 +300,7 @@ class Link(Handler):
             data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
             size = len(data)
             self._pending = memoryview(data)
+            self._progress_at = self.reactor.now
             self._write_pending()
             if self._pending is not None and isinstance(data, memoryview):  # pragma: no cover  # headers come first
                 self._pending = memoryview(bytes(self._pending))
@@ -292,6 +316,7 @@ class Link(Handler):
         if sent != size:
             # A copy: the views belong to a replay buffer that goes on growing.
             self._pending = memoryview(b"".join(buffers))[sent:]
+            self._progress_at = self.reactor.now
         return size
 
     def _write_pending(self) -> bool:
@@ -310,6 +335,7 @@ class Link(Handler):
                     self._pending = None
                     return True
                 pending = pending[sent:]
+                self._progress_at = self.reactor.now
                 if not self._tls:
                     break
         except ssl.SSLWantReadError:
@@ -382,9 +408,11 @@ class Link(Handler):
         if self._closing_at is not None:
             if now >= self._closing_at:
                 self.lose("closed")
+        elif self._pending is not None and now - self._progress_at > limits.STALLED_SECONDS:
+            self.lose(f"the peer took nothing for {now - self._progress_at:.0f} s")
         elif not self.protocol.greeted:
             if now - self.created > limits.HANDSHAKE_SECONDS:
-                self.close(1008, "no hello in time" if self.protocol.side == "server" else "no welcome in time")
+                self.close(1002, "no hello in time" if self.protocol.side == "server" else "no welcome in time")
         elif self._resetting_at is not None and now - self._resetting_at > limits.PONG_WITHIN_SECONDS:
             self.close(1002, "reset was not answered")
         elif self._ping_at is not None and self.last_received < self._ping_at:
@@ -445,4 +473,5 @@ class Link(Handler):
 
     def fail(self, error: Exception) -> None:
         """An exception in our own code: this link only."""
+        _log.exception("fault in our own code", peer=self.peer)
         self.lose(f"internal error: {error!r}")

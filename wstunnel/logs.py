@@ -4,20 +4,24 @@
     <4>warning: slow resolver name="db 1"                                   text, when systemd's journal reads stderr
     {"time":"2026-11-22T19:00:01.042Z","level":"info","logger":"server","message":"stream opened","fields":{...}}
 
-What peers send is escaped and cut, so that a log line is one line and cannot steer a terminal. Writing never raises and
-never waits: a line that stderr does not take is dropped, and the next one that gets through says how many were lost.
+What peers send is escaped and cut, so that a log line is one line and cannot steer a terminal. Writing never raises,
+and does not wait for the reader of a terminal, a pipe or a socket: a line that stderr does not take is dropped, and the
+next one that gets through says how many were lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import select
+import stat
 import sys
 import time
+import weakref
 from typing import TYPE_CHECKING, Final, Literal, TextIO
 
 if TYPE_CHECKING:
@@ -306,6 +310,10 @@ class _Handler(logging.Handler):
     """Writes whole lines straight to the stream's descriptor, past Python's buffers.
 
     What a full or broken stderr left in a buffer would be raised at the next write, and again at exit (status 120).
+
+    A terminal or a pipe is opened once more, without waiting: the stream's own descriptor is shared with other programs
+    (the shell), which would be surprised to find it non-blocking. Where that cannot be done (no /proc, or a terminal of
+    another user), the descriptor is asked before each small piece. Only files are written as they are.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -315,6 +323,16 @@ class _Handler(logging.Handler):
         self._lost = 0
         self._poll = select.poll()
         self._descriptor = -1
+        self._writer = -1
+        self._is_socket = False
+        self._release: weakref.finalize[[int], _Handler] | None = None
+
+    def close(self) -> None:
+        """Give up what was opened here; the stream stays its owner's. May be called again."""
+        if self._release is not None:
+            self._release()
+        self._descriptor = self._writer = -1
+        super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -335,18 +353,47 @@ class _Handler(logging.Handler):
         if self._lost:
             line = f"{self.format(_lost_record(self._lost))}\n{line}"
         data = self._rest + line.encode(getattr(self._stream, "encoding", None) or "utf-8", "backslashreplace")
-        # Also a blocking descriptor is asked first: a pager that nobody scrolls must not stop the tunnels.
         if descriptor != self._descriptor:
-            self._poll = select.poll()
-            self._poll.register(descriptor, select.POLLOUT)
-            self._descriptor = descriptor
+            self._adopt(descriptor)
         if not self._poll.poll(0):
             self._lost += 1
             return
-        written = os.write(descriptor, data)
+        written = self._send(data)
         # What a full non-blocking pipe did not take comes first next time, so that lines stay whole.
         self._rest = data[written:]
         self._lost = 0
+
+    def _adopt(self, descriptor: int) -> None:
+        if self._release is not None:
+            self._release()
+            self._release = None
+        status = os.fstat(descriptor)
+        self._is_socket = stat.S_ISSOCK(status.st_mode)
+        self._writer = descriptor
+        if os.get_blocking(descriptor) and (stat.S_ISFIFO(status.st_mode) or os.isatty(descriptor)):
+            # A pager that nobody scrolls, or a terminal stopped with ^S, must not stop the tunnels.
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            with contextlib.suppress(OSError):
+                self._writer = os.open(f"/proc/self/fd/{descriptor}", flags)
+                self._release = weakref.finalize(self, os.close, self._writer)
+        self._poll = select.poll()
+        self._poll.register(self._writer, select.POLLOUT)
+        self._descriptor = descriptor
+
+    def _send(self, data: bytes) -> int:
+        """Write what goes without waiting, and tell how much it was; an error only if it was nothing."""
+        if self._is_socket:
+            import socket
+
+            with socket.socket(fileno=os.dup(self._writer)) as own:
+                return own.send(data, socket.MSG_DONTWAIT)
+        if stat.S_ISREG(os.fstat(self._writer).st_mode) or not os.get_blocking(self._writer):
+            return os.write(self._writer, data)
+        # pipe(7): a pipe that is ready has room for PIPE_BUF bytes.
+        written = os.write(self._writer, data[: select.PIPE_BUF])
+        while written < len(data) and self._poll.poll(0):
+            written += os.write(self._writer, data[written : written + select.PIPE_BUF])
+        return written
 
 
 def _lost_record(count: int) -> logging.LogRecord:

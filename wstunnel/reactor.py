@@ -134,6 +134,11 @@ class Reactor(ABC):
         """`trio.current_time()` at the start of this turn: a cheap clock for callbacks. Exact outside of a turn."""
         return trio.current_time() if self._now is None else self._now
 
+    @staticmethod
+    def spent() -> float:
+        """Seconds of processor time that this thread has used: for callbacks that pace themselves."""
+        return time.thread_time()
+
     def adopt(self, handler: Handler, sock: socket.socket, mask: int = READ) -> None:
         """Take `sock` over: it becomes non-blocking, and only `drop` closes it.
 

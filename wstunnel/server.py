@@ -18,7 +18,7 @@ from wstunnel.auth import Users
 from wstunnel.config import ServerConfig
 from wstunnel.dial import dial_target, is_local_address
 from wstunnel.endpoints import tcp
-from wstunnel.errors import HandshakeError, ProtocolError, StreamError, UsageError
+from wstunnel.errors import HandshakeError, LocalError, ProtocolError, StreamError, UsageError
 from wstunnel.link import Link
 from wstunnel.policy import Policy
 from wstunnel.reactor import Reactor, make_reactor
@@ -68,8 +68,9 @@ class ServerSession(Session):
         tombstones.forget(link.last_id)
         if message.stream in self.streams:
             raise ProtocolError("open repeats the id of a live stream")
-        full = self.principal.streams() >= limits.PRINCIPAL_STREAMS
-        stream = self.make_stream(message.stream, egress=True, target=message.target, peer=message.peer)
+        full = self.principal.streams >= self._server.share(limits.PRINCIPAL_STREAMS)
+        stream = self.make_stream(message.stream, egress=True, target=message.target, peer=link.peer)
+        stream.application = message.peer
         stream.link = link
         link.attach(stream)
         link.protocol.accept(stream.state)
@@ -92,11 +93,13 @@ class ServerSession(Session):
             try:
                 sock, address = await dial_target(target, server.policy, limiter=server.limiter(self.principal))
             except StreamError as error:
-                for note in getattr(error, "__notes__", ()):
-                    _log.warning("target forbidden", target=str(target), principal=self.principal.name, reason=note)
+                stream.note = " ".join(getattr(error, "__notes__", ()))
                 stream.reset(error.code, str(error))
                 return
-            stream.connected(self.reactor, sock, address)
+            try:
+                stream.connected(self.reactor, sock, address)
+            except Exception as error:
+                stream.fail(error)
 
     def stream_ended(self, stream: Stream) -> None:
         super().stream_ended(stream)
@@ -112,6 +115,7 @@ class Server:
         nursery: where dials run.
         listeners: bound sockets; their addresses are closed to clients.
         context: TLS, or None for `--plain`.
+        descriptors: how many sockets the process may have.
     """
 
     def __init__(
@@ -121,6 +125,8 @@ class Server:
         nursery: trio.Nursery,
         listeners: list[socket.socket],
         context: ssl.SSLContext | None,
+        *,
+        descriptors: int = 2 * limits.PRINCIPAL_LINKS,
     ) -> None:
         self.reactor = reactor
         self.nursery = nursery
@@ -130,6 +136,7 @@ class Server:
         self.gone = trio.Event()
         self._config = config
         self._context = context
+        self._descriptors = descriptors
         self._id = secrets.token_urlsafe(16)
         self._boot = secrets.token_urlsafe(16)
         self._budget = Budget(limits.PROCESS_BYTES)
@@ -144,14 +151,22 @@ class Server:
 
     def accepted(self, sock: socket.socket) -> None:
         """A new connection: its handshake runs as a task of its own."""
-        if len(self._handshakes) >= limits.HANDSHAKES:
-            # Strangers who only connect must not lock users out.
-            oldest = next(iter(self._handshakes))
-            del self._handshakes[oldest]
-            oldest.cancel()
+        if len(self._handshakes) >= min(limits.HANDSHAKES, self._descriptors // limits.HANDSHAKES_DIVISOR):
+            self.drop_oldest()
         scope = trio.CancelScope()
         self._handshakes[scope] = None
         self.nursery.start_soon(self._handshake, sock, scope)
+
+    def drop_oldest(self) -> None:
+        """Strangers who only connect must not lock users out: the handshake that began first goes."""
+        if self._handshakes:
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cancel()
+
+    def share(self, most: int) -> int:
+        """`most`, or one principal's part of the descriptors if that is less."""
+        return min(most, int(self._descriptors * limits.PRINCIPAL_SHARE))
 
     async def _handshake(self, sock: socket.socket, scope: trio.CancelScope) -> None:
         peer = tcp.peer_name(sock)
@@ -191,10 +206,15 @@ class Server:
                 return
             request = reader.feed(data)
         upgrade = handshake.accept(request, path=self._config.path, subprotocols=(SUBPROTOCOL,))
-        name = self.users.authenticate(handshake.bearer_token(request) or "")
+        token = handshake.bearer_token(request) or ""
+        try:
+            name = self.users.authenticate(token)
+        except LocalError as error:
+            _log.error("the users cannot be read", reason=str(error))
+            raise HandshakeError(503, "try again later") from error
         if name is None:
             raise HandshakeError(401, "no valid token", (("WWW-Authenticate", 'Bearer realm="wstunnel"'),))
-        if self._links_of(name) >= limits.PRINCIPAL_LINKS:
+        if self._links_of(name) >= self.share(limits.PRINCIPAL_LINKS):
             raise HandshakeError(503, "too many links")
         await transport.send(handshake.accept_response(upgrade))
         link = Link(LinkProtocol("server"), self, peer=peer, now=self.reactor.now)
@@ -221,6 +241,8 @@ class Server:
         if self._stopping:
             raise ProtocolError("the server is stopping", 1001)
         if message.version != VERSION:
+            link.protocol.send(self._welcome(known=False))  # it says which version would do
+            _log.warning("client refused", peer=link.peer, principal=name, version=message.version)
             raise ProtocolError(f"version {message.version} is not spoken here, only {VERSION}", 1008)
         if message.role == "reverse":
             raise ProtocolError("reverse links are not offered", 1008)
@@ -240,17 +262,18 @@ class Server:
             )
         del self._greeting[link]
         session.adopt_link(link)
-        link.protocol.send(
-            Welcome(
-                version=VERSION,
-                server=self._id,
-                boot=self._boot,
-                known=known,
-                keepalive=KEEPALIVE_ADVICE,
-                features=list(FEATURES),
-            )
-        )
+        link.protocol.send(self._welcome(known=known))
         link.ping()  # its round trip is wanted for the windows
+
+    def _welcome(self, *, known: bool) -> Welcome:
+        return Welcome(
+            version=VERSION,
+            server=self._id,
+            boot=self._boot,
+            known=known,
+            keepalive=KEEPALIVE_ADVICE,
+            features=list(FEATURES),
+        )
 
     def idle(self, link: Link) -> None:
         """Never: a link without a session carries nothing."""
@@ -339,9 +362,9 @@ async def run(
     Raises:
         LocalError: a port in use, no permission, an unreadable file.
     """
-    descriptors.raise_limit()
+    available = descriptors.raise_limit()
     addresses = config.bind or ("0.0.0.0", "::")  # noqa: S104  # the documented default
-    listeners = tcp.bind_all(addresses, config.port)
+    listeners = tcp.bind_all(addresses, config.port, lenient=not config.bind)
     try:
         context, pins = _tls(config)
         port = listeners[0].getsockname()[1]
@@ -359,7 +382,7 @@ async def run(
     async with trio.open_nursery() as nursery:
         reactor = make_reactor()
         await nursery.start(reactor.run)
-        server = Server(config, reactor, nursery, listeners, context)
+        server = Server(config, reactor, nursery, listeners, context, descriptors=available)
         accepting = [trio.CancelScope() for _ in listeners]
         for listener, scope in zip(listeners, accepting, strict=True):
             nursery.start_soon(_accept, scope, listener, server)
@@ -385,7 +408,7 @@ async def run(
 
 async def _accept(scope: trio.CancelScope, listener: socket.socket, server: Server) -> None:
     with scope:
-        await tcp.accept_forever(listener, server.accepted)
+        await tcp.accept_forever(listener, server.accepted, server.drop_oldest)
 
 
 def _state_flag(directory: Path) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from wstunnel import limits, logs
 from wstunnel.errors import ProtocolError
 from wstunnel.stream import Stream
 from wstunnel.wire.credit import Budget
-from wstunnel.wire.frames import CloseCode
 from wstunnel.wire.protocol import StreamState
-from wstunnel.wire.states import Exchange, Half
+from wstunnel.wire.states import Half
 from wstunnel.wire.tombstones import Tombstones
 
 if TYPE_CHECKING:
     from wstunnel.link import Link
-    from wstunnel.reactor import Reactor
+    from wstunnel.reactor import Handler, Reactor
     from wstunnel.wire.messages import AnyMessage
 
 HALF_CLOSED_SWEEPS = 30
@@ -39,10 +40,7 @@ class Principal:
         self.sessions: set[Session] = set()
         self.tombstones = Tombstones()
         self.links = 0
-
-    def streams(self) -> int:
-        """How many streams the principal has."""
-        return sum(len(session.streams) for session in self.sessions)
+        self.streams = 0
 
 
 class Session:
@@ -66,13 +64,14 @@ class Session:
 
     def __init__(self, session_id: str, principal: Principal, reactor: Reactor, log: logs.Log) -> None:
         self.id = session_id
+        self._name = logs.hash_id(session_id)
         self.principal = principal
         self.reactor = reactor
         self.log = log
         self.streams: dict[str, Stream] = {}
         self.links: set[Link] = set()
-        self._moved: set[Stream] = set()
-        self._starved: set[Stream] = set()
+        self._moved: dict[Stream, None] = {}  # in order, so that a run can be repeated
+        self._starved: dict[Stream, None] = {}
         self._half_closed: dict[Stream, tuple[int, float]] = {}
         self._sweeps = 0
         self._relieving = False
@@ -106,40 +105,50 @@ class Session:
         state = StreamState(stream_id, egress=egress, budget=self.principal.budget, window=self.window)
         stream = Stream(state, self, target=target, peer=peer, now=self.reactor.now)
         self.streams[stream_id] = stream
+        self.principal.streams += 1
         return stream
+
+    def _whose(self, stream: Stream) -> dict[str, object]:
+        fields: dict[str, object] = {"peer": stream.peer, "principal": self.principal.name, "session": self._name}
+        if stream.application:
+            fields["application"] = stream.application
+        return fields
 
     def stream_opened(self, stream: Stream) -> None:
         self.log.info(
             "stream opened",
-            stream=logs.hash_id(stream.state.id), target=stream.target, address=stream.address, peer=stream.peer,
-            principal=self.principal.name,
+            stream=logs.hash_id(stream.state.id), target=stream.target, address=stream.address, **self._whose(stream),
         )  # fmt: skip
 
     def stream_ended(self, stream: Stream) -> None:
-        self.streams.pop(stream.state.id, None)
-        self._moved.discard(stream)
-        self._starved.discard(stream)
+        del self.streams[stream.state.id]
+        self.principal.streams -= 1
+        self._moved.pop(stream, None)
+        self._starved.pop(stream, None)
         self._half_closed.pop(stream, None)
         code, message = stream.outcome or ("internal", "")
         inbound = stream.inbound.received - (stream.inbound.total is not None)
         fields: dict[str, object] = {
             "stream": logs.hash_id(stream.state.id), "target": stream.target,
             "sent": stream.outbound.replay.end, "received": inbound,
-            "seconds": round(self.reactor.now - stream.created, 3), "peer": stream.peer,
-            "principal": self.principal.name, "reason": code,
+            "seconds": round(self.reactor.now - stream.created, 3), "reason": code,
+            **self._whose(stream),
         }  # fmt: skip
         if message:
             fields["detail"] = message
+        if stream.note:
+            fields["policy"] = stream.note
         if stream.state.opened:
             self.log.info("stream ended", **fields)
         else:
             self.log.warning("stream refused", **fields)
 
     def stream_moved(self, stream: Stream) -> None:
-        self._moved.add(stream)
+        self._moved[stream] = None
 
     def stream_starved(self, stream: Stream) -> None:
-        self._starved.add(stream)
+        self._starved[stream] = None
+        self.stream_held()  # bytes being sent fill the budgets, too
 
     def stream_held(self) -> None:
         if not self._relieving and self.principal.budget.exhausted():
@@ -156,32 +165,28 @@ class Session:
             largest = max(
                 (stream for one in principals for session in one.sessions for stream in session.streams.values()),
                 key=_held,
+                default=None,
             )
-            if not _held(largest):
+            if largest is None or not _held(largest):
                 return
-            reason = "too much memory is held: the largest stream is reset"
             largest.outbound.discard()
-            largest.reset("limit", reason)
-            link = largest.link
-            if link is not None and link.protocol.state is Exchange.BUSY:
-                # The reset cannot go, or not yet: an ack under way would be for bytes that are forgotten here.
-                link.close(CloseCode.POLICY, reason)
+            largest.reset("limit", "too much memory is held: the largest stream is reset")
             largest.state.discard()
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
     def sweep(self, now: float) -> None:
         """Once a second: late acks, silent links, streams that waited for memory, half-closed ones."""
-        moved, self._moved = self._moved, set()
+        moved, self._moved = self._moved, {}
         for stream in moved:
             if stream.link is not None and stream.outcome is None:
                 stream.state.ack_wanted = True
-                stream.link.flush()
-        starved, self._starved = self._starved, set()
+                _guarded(stream.link, stream.link.flush)
+        starved, self._starved = self._starved, {}
         for stream in starved:
             stream.refresh()
         for link in list(self.links):
-            link.sweep(now)
+            _guarded(link, partial(link.sweep, now))
         if not self.reactor.reports_hangups:
             for stream in list(self.streams.values()):
                 if stream.sock is not None and not stream.mask:
@@ -213,6 +218,14 @@ class Session:
     def leave(self) -> None:
         """The session is over: it no longer counts for its principal."""
         self.principal.sessions.discard(self)
+
+
+def _guarded(handler: Handler, function: Callable[[], None]) -> None:
+    """Call outside of the reactor as the reactor would: a fault ends only the handler that it belongs to."""
+    try:
+        function()
+    except Exception as error:
+        handler.fail(error)
 
 
 def _held(stream: Stream) -> int:

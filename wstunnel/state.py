@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 ANNOUNCEMENT_NAME: Final = "server.json"
 PRIVATE_FILE_BYTES: Final = 256 * 1024
 """Longest file that is read: two thousand tokens of one user. Other files here are far shorter."""
+LOCK_SECONDS: Final = 2.0
+"""How long another process may hold a directory: it writes one or two small files meanwhile."""
+
+_LOCK_RETRY_SECONDS: Final = 0.02
 
 
 def home_directory(environ: Mapping[str, str], variable: str, default: str) -> Path:
@@ -198,7 +203,7 @@ class PrivateDirectory:
     write elsewhere. For the same command, what root makes is given to the owner of the directory, who could not read it
     otherwise.
 
-    All methods raise `OSError`; the caller translates. Close it, or use it in a `with` statement.
+    All methods raise `OSError`, but for the lock; the caller translates. Close it, or use it in a `with` statement.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -212,7 +217,10 @@ class PrivateDirectory:
             path: the directory.
             create: make it, and what is missing above it, if it is not there.
             follow: whether its last component may be a symbolic link, as systemd's `/var/lib/NAME` is.
-            lock: wait until no other process holds it locked, then hold it until `close`.
+            lock: wait up to `LOCK_SECONDS` until no other process holds it locked, then hold it until `close`.
+
+        Raises:
+            LocalError: another process holds the lock.
         """
         made = create and _make(path)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
@@ -221,7 +229,7 @@ class PrivateDirectory:
             if made:
                 _give(private._descriptor, os.stat(path.parent))
             if lock:
-                fcntl.flock(private._descriptor, fcntl.LOCK_EX)
+                _lock(private._descriptor, path)
         except BaseException:
             private.close()
             raise
@@ -302,6 +310,23 @@ def _opened(name: str, flags: int, directory: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    # Not LOCK_EX alone: whoever may open the directory could hold the server up for ever.
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise LocalError(
+                    f"the directory {path} is locked by another process: try again, or see who has it with "
+                    f"`fuser -v {path}`"
+                ) from error
+            time.sleep(_LOCK_RETRY_SECONDS)
+        else:
+            return
 
 
 def _make(path: Path) -> bool:

@@ -8,7 +8,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Protocol
 
-from wstunnel import limits
+from wstunnel import limits, logs
 from wstunnel.errors import LocalError
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
 from wstunnel.wire.protocol import StreamState
@@ -22,6 +22,9 @@ LINGER_RESET = struct.pack("ii", 1, 0)
 """SO_LINGER on with no time: close() sends a reset (socket(7))."""
 WRITE_TURNS = 4
 """Writes of one inbox per event: a fast reader must not keep the reactor to itself."""
+
+
+_log = logs.logger("stream")
 
 
 class StreamOwner(Protocol):
@@ -52,18 +55,20 @@ class Stream(Handler):
         state: sans I/O.
         owner: the session.
         target: what the egress dials, canonical text.
-        peer: the application's address at the ingress.
+        peer: who it came from: the application at the ingress, the link's other end at the egress.
         now: monotonic seconds.
 
     Attributes:
         outcome: None while it lives, then (code, message); code `finished` for a clean end.
         address: what the egress dialled.
+        application: at the egress, the application's address as the peer claims it.
+        note: at the egress, why the policy forbade the target, for the log only.
         dialling: the cancel scope of the dial under way at the egress.
     """
 
     __slots__ = (
-        "_read_done", "_write_failed", "address", "created", "dialling", "inbound", "link", "outbound", "outcome",
-        "owner", "peer", "reason", "state", "target",
+        "_read_done", "_write_failed", "address", "application", "created", "dialling", "inbound", "link",
+        "note", "outbound", "outcome", "owner", "peer", "reason", "state", "target",
     )  # fmt: skip
 
     def __init__(self, state: StreamState, owner: StreamOwner, *, target: str, peer: str, now: float) -> None:
@@ -75,6 +80,8 @@ class Stream(Handler):
         self.target = target
         self.peer = peer
         self.address = ""
+        self.application = ""
+        self.note = ""
         self.created = now
         self.link: Link | None = None
         self.outcome: tuple[str, str] | None = None
@@ -156,6 +163,7 @@ class Stream(Handler):
 
     def fail(self, error: Exception) -> None:
         """An exception in our own code: this stream only."""
+        _log.exception("fault in our own code", target=self.target)
         self.reset("internal", f"internal error: {type(error).__name__}")
 
     def refresh(self) -> None:

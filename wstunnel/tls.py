@@ -338,7 +338,10 @@ def _verification_text(error: ssl.SSLCertVerificationError, host: str) -> str:
 def _pem(path: Path, noun: str, label: str) -> str:
     """The text of a PEM file that has at least one block whose label ends in `label`."""
     try:
-        with path.open("rb") as file:
+        # O_NONBLOCK: opening a named pipe would wait for its other end, and not even SIGINT would end that.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise LocalError(f"the {noun} {path} is not a regular file")
             data = file.read()
     except PermissionError as error:
         raise LocalError(f"the {noun} {path} may not be read by this user: change its mode or owner") from error

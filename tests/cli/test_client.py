@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import os
 import signal
@@ -148,6 +149,70 @@ def test_mistakes(invoke: Invoke, captured: Captured, arguments: list[str], mess
     assert message in result.stderr
     assert TOKEN not in result.stderr
     assert captured == []
+
+
+@pytest.mark.parametrize("flags", [["--pin", PIN.hex()], ["--ca", "ca.pem"]])
+def test_trust_flags_without_tls_are_refused(invoke: Invoke, captured: Captured, flags: list[str]) -> None:
+    result = invoke("client", URL.replace("wss://", "ws://"), *FORWARD, *flags)
+    assert result.exit_code == 2
+    assert f"{flags[0]} does nothing with a ws:// URL" in result.stderr
+    assert captured == []
+
+
+@pytest.mark.parametrize(
+    ("url", "flags", "warning"),
+    [
+        (URL.replace("wss://", "ws://"), [], "ws:// is not encrypted"),
+        (f"ws://{TOKEN}@127.0.0.2:80/", [], None),
+        (f"ws://{TOKEN}@[::1]:80/", [], None),
+        (f"ws://{TOKEN}@localhost/", [], None),
+        (URL, ["--ca", "ca.pem", "--pin", PIN.hex()], "--ca is not used"),
+        (URL, ["--ca", "ca.pem"], None),
+    ],
+)
+def test_what_weakens_trust_is_warned_about(  # noqa: PLR0917  # fixtures
+    invoke: Invoke,
+    captured: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    flags: list[str],
+    warning: str | None,
+) -> None:
+    monkeypatch.setenv("WSTUNNEL_URL", url)
+    result = invoke("client", *FORWARD, *flags)
+    assert result.exit_code == 0
+    assert result.stderr.count("\n") == (warning is not None)
+    assert (warning or "") in result.stderr
+    assert TOKEN not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [URL],
+        ["client", "-L", URL],
+        ["client", "--profile", URL, *FORWARD],
+        ["client", "--idle-links", URL, *FORWARD],
+        ["client", URL, *FORWARD, "--pin", TOKEN + "=="],
+        ["invite", URL],
+        ["invite", "--host", URL],
+        ["client", *FORWARD, URL, URL],
+        ["client", *FORWARD, "-qqq", "--log-format", "json", "--profile", URL],
+    ],
+)
+def test_a_token_in_the_wrong_place_is_not_shown(invoke: Invoke, arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr
+    assert TOKEN[:10] not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--profile", "none", *FORWARD], ["-L", "x"]])
+def test_a_failure_is_json_too(invoke: Invoke, arguments: list[str]) -> None:
+    result = invoke("client", *arguments, "--log-format", "json")
+    assert result.exit_code == 2
+    line = json.loads(result.stderr)
+    assert (line["level"], line["logger"]) == ("error", "cli")
 
 
 def test_the_log_is_configured(invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

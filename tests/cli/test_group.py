@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -177,3 +179,31 @@ def test_installed_entry_point_is_main(program: Program) -> None:
     process = program("-m", "wstunnel", "--version", stderr=subprocess.STDOUT)
     assert process.communicate(timeout=30)[0] == "wstunnel 0.1.0\n"
     assert process.returncode == 0
+
+
+SCRIPT = "import sys; from wstunnel.cli import main; main(sys.argv[1:])"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "command", "message"),
+    [
+        (">/dev/full", "--version", "cannot write to standard output"),
+        (">/dev/full", "--help", "cannot write to standard output"),
+        (">&-", "invite", "no token was made"),
+        ("<&-", "login", "standard input is closed"),
+    ],
+)
+def test_standard_descriptors_that_do_not_work(tmp_path: Path, redirection: str, command: str, message: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-c", SCRIPT, command],
+        env={**os.environ, "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

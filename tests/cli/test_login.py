@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import termios
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,18 @@ def test_a_terminal_that_gives_nothing(keys: str, code: int, home: Path) -> None
     assert "Traceback" not in terminal.shown
     assert terminal.shown.endswith("\n")
     assert not (home / "config").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_the_prompt_gives_the_echo_back(number: signal.Signals) -> None:
+    terminal = Terminal("login")
+    terminal.expect("Login URL (not shown): ")
+
+    def echoes() -> bool:
+        return bool(termios.tcgetattr(terminal.master)[3] & termios.ECHO)
+
+    assert not echoes()
+    terminal.process.send_signal(number)
+    assert terminal.process.wait(30) == 128 + number
+    assert echoes()
+    terminal.finish()

@@ -140,3 +140,11 @@ def test_colours_only_on_a_terminal(
     reports.warn("careful")
     assert ("\x1b[" in stream.getvalue()) == coloured
     assert click.unstyle(stream.getvalue()).lstrip("\0").endswith("wstunnel: warning: careful\n")
+
+
+def test_pins_stay_readable_and_the_caret_stays_in_place(capsys: pytest.CaptureFixture[str]) -> None:
+    pin = "sha256=" + "p" * 43
+    assert reports.masked(f"expected {pin}, got {'t' * 43}") == f"expected {pin}, got ***"
+    text = f"wss://{'t' * 43}@h/"
+    assert reports.failure(UsageError("wrong", text=text, position=len(text) - 1), 0) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == ["    wss://***@h/", "               ^"]

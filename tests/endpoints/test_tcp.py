@@ -126,7 +126,7 @@ class TestBind:
 
 class TestBindAll:
     def test_both_families_get_the_same_port(self, kept: list[socket.socket]) -> None:
-        kept += tcp.bind_all(("127.0.0.1", "::1"), 0)
+        kept += tcp.bind_all(("127.0.0.1", "::1"), 0, lenient=True)
         first, second = kept
         assert first.getsockname()[1] == second.getsockname()[1]
 
@@ -135,25 +135,32 @@ class TestBindAll:
         self, kept: list[socket.socket], fail_bind: Callable[[dict[str, int]], None], code: int
     ) -> None:
         fail_bind({"::": code})
-        kept += tcp.bind_all(("0.0.0.0", "::"), 0)
+        kept += tcp.bind_all(("0.0.0.0", "::"), 0, lenient=True)
         assert [sock.family for sock in kept] == [socket.AF_INET]
 
     @pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
     def test_but_not_all(self, fail_bind: Callable[[dict[str, int]], None], code: int) -> None:
         fail_bind({"0.0.0.0": code, "::": code})
         with pytest.raises(LocalError, match=r"^cannot listen on 0\.0\.0\.0, ::: "):
-            tcp.bind_all(("0.0.0.0", "::"), 80)
+            tcp.bind_all(("0.0.0.0", "::"), 80, lenient=True)
 
     def test_nor_the_only_one(self, fail_bind: Callable[[dict[str, int]], None]) -> None:
         fail_bind({"::1": errno.EADDRNOTAVAIL})
         with pytest.raises(LocalError, match=r"\[::1\]:80: this machine has no such address"):
-            tcp.bind_all(("::1",), 80)
+            tcp.bind_all(("::1",), 80, lenient=False)
+
+    @pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
+    def test_nor_one_that_was_named(self, fail_bind: Callable[[dict[str, int]], None], code: int) -> None:
+        """`--bind 127.0.0.1 --bind ADDR`: an address that somebody asked for is not left out in silence."""
+        fail_bind({"::1": code})
+        with pytest.raises(LocalError):
+            tcp.bind_all(("127.0.0.1", "::1"), 0, lenient=False)
 
     def test_a_failure_leaves_none_open(self, fail_bind: Callable[[dict[str, int]], None]) -> None:
         fail_bind({"::1": errno.EADDRINUSE})
         before = descriptors()
         with pytest.raises(LocalError, match="in use"):
-            tcp.bind_all(("127.0.0.1", "::1"), 0)
+            tcp.bind_all(("127.0.0.1", "::1"), 0, lenient=True)
         assert descriptors() == before
 
 

@@ -86,6 +86,12 @@ class TestRoom:
         outbound.acknowledge(60, 130)
         assert outbound.room() == 30
 
+    def test_down_to_the_last_byte(self) -> None:
+        outbound = sender(bytes(99), limit=100)
+        assert outbound.room() == 1
+        outbound.append(b"x")
+        assert outbound.room() == 0
+
     def test_its_own_maximum_whatever_was_granted(self) -> None:
         outbound = sender(limit=10 * SEND_MAX)
         assert outbound.room() == SEND_MAX
@@ -243,6 +249,12 @@ class TestDiscardOut:
 
     def test_no_end_is_told_of_bytes_that_never_went_out(self) -> None:
         outbound = sender(b"abcdef", sent=4)
+        outbound.end()
+        outbound.discard()
+        assert not outbound.eof_due()
+
+    def test_no_end_goes_out_at_all(self) -> None:
+        outbound = sender(b"abc", sent=3)
         outbound.end()
         outbound.discard()
         assert not outbound.eof_due()

@@ -1183,6 +1183,9 @@ class TestSilenceAfterTheEnd:
         protocol = self.ended()
         assert protocol.stream is not None
         assert not protocol.stream.resettable()
+        protocol.stream.reset_wanted = ("idle", "asked for all the same")
+        assert pull(protocol) == []
+        assert protocol.state is Exchange.BUSY
 
     def test_either_end_open_it_can_be_reset(self) -> None:
         stream = new_stream(egress=False)

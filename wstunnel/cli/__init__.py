@@ -21,10 +21,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         arguments: the command line without the program's name; `None` takes it from `sys.argv`.
     """
     signal.signal(signal.SIGINT, _interrupted)
+    _fill_descriptors()
     from wstunnel.cli.group import wstunnel
 
     wstunnel.main(arguments, prog_name="wstunnel")
     raise AssertionError("click exits by itself")  # pragma: no cover  # it says so only in its overloads
+
+
+def _fill_descriptors() -> None:
+    """Open what is missing of stdin, stdout and stderr, so that no socket or key gets their number.
+
+    `sys.stdin` and the others stay `None`, by which commands see it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
 
 
 def _interrupted(_number: int, _frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from wstunnel.cli import options, reports
 from wstunnel.errors import UsageError
 
 if TYPE_CHECKING:
+    from wstunnel.auth import LoginUrl
     from wstunnel.forwards import Forward
 
 IDLE_LINKS_MAX = 64
@@ -89,6 +90,7 @@ def client(
     logs.configure(verbosity=reports.verbosity(ctx), format=log_format, environ=os.environ)
     login_url = profiles.client_url(url, os.environ, profile)
     login_url.require_token()
+    _check_trust(login_url, ca, pins)
     if url is not None:
         logs.logger("cli").warning(
             "the token is among this command's arguments, where every user of this machine can read it:"
@@ -103,3 +105,33 @@ def client(
         exit_on_forward_failure=exit_on_forward_failure,
     )
     return running.run(partial(run, config), {signal.SIGTERM: 0, signal.SIGINT: 130})
+
+
+def _check_trust(url: LoginUrl, ca: Path | None, pins: tuple[bytes, ...]) -> None:
+    """Refuse flags that could not do what they promise, and warn of a token that goes out in clear."""
+    from wstunnel import logs
+
+    log = logs.logger("cli")
+    if url.scheme == "ws":
+        flag = "--pin" if pins else "--ca" if ca is not None else None
+        if flag is not None:
+            raise UsageError(
+                f"{flag} does nothing with a ws:// URL, which has no TLS: the token would go out in clear;"
+                f" use a wss:// URL, or leave {flag} out"
+            )
+        if not _is_loopback(url.host):
+            log.warning(
+                "ws:// is not encrypted: everybody on the way can read the token and all data; use wss://",
+                host=url.host,
+            )
+    elif ca is not None and (pins or url.pins):
+        log.warning("--ca is not used: the server's key is pinned, and then the pin alone decides", ca=ca)
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost" or host.lower().rstrip(".").endswith(".localhost")

@@ -42,7 +42,9 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Exception as error:  # the border of the program: past it there would be a traceback
-            raise click.exceptions.Exit(reports.failure(error, reports.verbosity(ctx))) from None
+            raise click.exceptions.Exit(
+                reports.failure(error, reports.verbosity(ctx), ctx.meta.get(reports.LOG_FORMAT, "text"))
+            ) from None
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """As `click.Command.main`, in the program's own words. Always exits."""
@@ -55,6 +57,8 @@ class LazyGroup(click.Group):
         except click.Abort:  # end of input at a prompt
             reports.complain("aborted")
             code = 1
+        except OSError as error:  # click's own output, such as --version on a full disk
+            code = reports.unwritten(error)
         sys.exit(code or 0)
 
 

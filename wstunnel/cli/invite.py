@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from wstunnel.cli import options, reports
+from wstunnel.errors import LocalError
 
 if TYPE_CHECKING:
     from wstunnel.auth import LoginUrl
@@ -47,6 +48,8 @@ def invite(name: str, host: tuple[str, int | None] | None, state_dir: Path | Non
     """
     from wstunnel.state import ANNOUNCEMENT_NAME, read_announcement, state_directory
 
+    if sys.stdout is None:  # descriptor 1 was closed: the token would be made, and nobody would see it
+        raise LocalError("standard output is closed, so the login URL could not be shown: no token was made")
     directory = state_directory(state_dir, os.environ)
     if read_announcement(directory) is None:
         reports.warn(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from wstunnel.cli import options, reports
 from wstunnel.errors import LocalError, UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 LINE_CHARACTERS = 16 * 1024
 """Most that is read as a URL: the longest request head that a server takes."""
@@ -52,7 +57,12 @@ def login(url: str | None, profile: str | None) -> int:
 
 def _read() -> str:
     """The first line of stdin; on a terminal it is asked for and not shown."""
+    if sys.stdin is None:  # descriptor 0 was closed
+        raise LocalError("standard input is closed, so the login URL cannot be read")
     if sys.stdin.isatty():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _leave)
         prompted = click.prompt("Login URL (not shown)", hide_input=True, default="", show_default=False, err=True)
         return str(prompted).strip()
     try:
@@ -61,3 +71,8 @@ def _read() -> str:
         raise UsageError("standard input holds no text") from None
     except OSError as error:
         raise LocalError(f"cannot read standard input: {error.strerror}") from error
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """Leave as the signal would have it, but with `finally` clauses: they give the terminal its echo back."""
+    sys.exit(128 + number)

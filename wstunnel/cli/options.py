@@ -115,9 +115,20 @@ def logging(command: Command) -> Command:
     """Add `-v`, `-q` and `--log-format`, for commands that keep a log; the command gets `log_format`."""
     return verbosity(
         click.option(
-            "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to log."
+            "--log-format",
+            type=click.Choice(["text", "json"]),
+            default="text",
+            show_default=True,
+            is_eager=True,  # so that a mistake in another flag is told in this format too
+            callback=_remember_format,
+            help="How to log.",
         )(command)
     )
+
+
+def _remember_format(ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    ctx.meta[reports.LOG_FORMAT] = value
+    return value
 
 
 def _louder(ctx: click.Context, _param: click.Parameter, value: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -11,12 +12,20 @@ from typing import TextIO
 import click
 
 from wstunnel import __version__
-from wstunnel.errors import LocalError, WstunnelError
+from wstunnel.errors import LocalError, UsageError, WstunnelError
 
 VERBOSITY = "wstunnel.verbosity"
 """Key in `click.Context.meta`: how often `-v` was given, less how often `-q`."""
 TRACEBACK_VERBOSITY = 2
 """From `-vv` on, an unexpected error shows its traceback."""
+
+
+LOG_FORMAT = "wstunnel.log_format"
+"""Key in `click.Context.meta`: the value of `--log-format`, where the command has it."""
+
+# A token has 43 characters; what follows `sha256=` is a pin, which is no secret and which people must compare.
+# `TOKEN@HOST` is the grammar's own.
+_SECRET = re.compile(r"(?i)(?:(?<=ws://)|(?<=wss://))(?!TOKEN@HOST)\S*(?=@)|(?<!sha256=)(?<![\w-])[A-Za-z0-9_-]{43,}")
 
 
 class UnexpectedError(Exception):
@@ -50,6 +59,14 @@ def say(text: str) -> None:
         raise LocalError(f"cannot write to standard output: {error.strerror}") from error
 
 
+def unwritten(error: OSError) -> int:
+    """Report that click could not write its own text to stdout, and return the exit code."""
+    if not isinstance(error, BrokenPipeError):
+        complain(f"cannot write to standard output: {error.strerror}")
+    _discard_stdout()
+    return 1
+
+
 def tell(text: str) -> None:
     """Write a hint to stderr, unless `-q` was given. A stderr that nobody reads is no reason to fail."""
     ctx = click.get_current_context(silent=True)
@@ -66,12 +83,17 @@ def _write(text: str) -> None:
 
 def warn(text: str) -> None:
     """Write a warning to stderr."""
-    _write(f"wstunnel: {_paint('warning', 'yellow')}: {text}")
+    _write(f"wstunnel: {_paint('warning', 'yellow')}: {masked(text)}")
 
 
 def complain(text: str) -> None:
     """Write an error to stderr. Lines after the first go below it as they are."""
-    _write(f"wstunnel: {_paint('error', 'red')}: {text}")
+    _write(f"wstunnel: {_paint('error', 'red')}: {masked(text)}")
+
+
+def masked(text: str) -> str:
+    """A message with `***` for what may be a token in it: a login URL is easily given to the wrong flag."""
+    return _SECRET.sub("***", text)
 
 
 def usage(error: click.ClickException) -> None:
@@ -85,12 +107,13 @@ def usage(error: click.ClickException) -> None:
         _write(f"{ctx.get_usage()}\nTry '{ctx.command_path} --help'.")
 
 
-def failure(error: Exception, level: int) -> int:
+def failure(error: Exception, level: int, log_format: str = "text") -> int:
     """Report `error` and return the exit code.
 
     Args:
         error: what came out of a command; of a group, the error of the tree inside it counts.
         level: the verbosity; from 2 on an unexpected error is followed by its traceback.
+        log_format: `json` makes the message a line of the log, as those before it are.
     """
     found = unwrapped(error)
     if isinstance(found, click.exceptions.Exit):
@@ -99,14 +122,37 @@ def failure(error: Exception, level: int) -> int:
         _discard_stdout()
         return 1
     if isinstance(found, WstunnelError):
-        complain(str(found))
+        _end(_shown(found), log_format, level)
         return found.exit_code
     cause = found.__cause__ if isinstance(found, UnexpectedError) and found.__cause__ is not None else found
     text = " ".join(f"{type(cause).__name__}: {cause}".split())
-    complain(f"unexpected {text} - a bug in wstunnel {__version__}, please report it (-vv shows where it happened)")
-    if level >= TRACEBACK_VERBOSITY:
-        _write("".join(traceback.format_exception(error)).rstrip())
+    shown = level >= TRACEBACK_VERBOSITY
+    trace = masked("".join(traceback.format_exception(error)).rstrip()) if shown else None
+    message = f"unexpected {text} - a bug in wstunnel {__version__}, please report it (-vv shows where it happened)"
+    _end(message, log_format, level, trace)
     return 1
+
+
+def _shown(error: WstunnelError) -> str:
+    if not isinstance(error, UsageError) or error.text is None:
+        return str(error)
+    # Masked before it is laid out, so that the caret stays below the part at fault.
+    text = masked(error.text)
+    position = error.position if text == error.text else min(len(masked(error.text[: error.position])), len(text))
+    return str(UsageError(error.message, text=text, position=position, grammar=error.grammar))
+
+
+def _end(message: str, log_format: str, level: int, trace: str | None = None) -> None:
+    if log_format != "json":
+        complain(message)
+        if trace is not None:
+            _write(trace)
+        return
+    from wstunnel import logs
+
+    # The mistake may have come before the command set up its log.
+    logs.configure(verbosity=level, format="json", environ=os.environ)
+    logs.logger("cli").error(masked(message), **({} if trace is None else {"traceback": trace}))
 
 
 def unwrapped(error: BaseException) -> BaseException:

@@ -65,8 +65,13 @@ def bind(address: str, port: int) -> socket.socket:
     return sock
 
 
-def bind_all(addresses: tuple[str, ...], port: int) -> list[socket.socket]:
-    """Bind every address, with the same port when 0 picks one. A family that the machine lacks is left out of several.
+def bind_all(addresses: tuple[str, ...], port: int, *, lenient: bool) -> list[socket.socket]:
+    """Bind every address, with the same port when 0 picks one.
+
+    Args:
+        addresses: IP addresses without brackets.
+        port: 0 picks one.
+        lenient: nobody named these addresses one by one (`*`, `localhost`): one that the machine lacks is left out.
 
     Raises:
         LocalError: one of them cannot be bound; none is left open.
@@ -79,10 +84,12 @@ def bind_all(addresses: tuple[str, ...], port: int) -> list[socket.socket]:
                 sock = bind(address, port)
             except OSError as error:
                 missing = error
+                if not lenient:
+                    break
                 continue
             except LocalError as error:
                 cause = error.__cause__
-                if len(addresses) > 1 and isinstance(cause, OSError) and cause.errno == errno.EADDRNOTAVAIL:
+                if lenient and isinstance(cause, OSError) and cause.errno == errno.EADDRNOTAVAIL:
                     missing = cause  # `::` or `::1` where IPv6 is disabled by sysctl
                     continue
                 raise
@@ -92,7 +99,9 @@ def bind_all(addresses: tuple[str, ...], port: int) -> list[socket.socket]:
         for sock in sockets:
             sock.close()
         raise
-    if not sockets:
+    if not sockets or (missing is not None and not lenient):
+        for sock in sockets:
+            sock.close()
         assert missing is not None
         raise LocalError(f"cannot listen on {', '.join(addresses)}: {missing.strerror}") from missing
     return sockets
@@ -138,12 +147,15 @@ def local_name(sock: socket.socket) -> str:
     return join_host_port(address[0], address[1])
 
 
-async def accept_forever(listener: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+async def accept_forever(
+    listener: socket.socket, accepted: Callable[[socket.socket], None], exhausted: Callable[[], None] = lambda: None
+) -> None:
     """Accept until cancelled; closes the listener then.
 
     Args:
         listener: active, non-blocking, owned from now on.
         accepted: called with each connection (non-blocking, Nagle off), which it owns; it must not wait.
+        exhausted: called when no descriptor is left, before the next attempt: it may give some back.
     """
     told = False
     try:
@@ -168,6 +180,7 @@ async def accept_forever(listener: socket.socket, accepted: Callable[[socket.soc
                     if not told:
                         _log.warning("cannot accept connections", address=local_name(listener), reason=error.strerror)
                         told = True
+                    exhausted()
                     await trio.sleep(RETRY_SECONDS)
                 # Else it was aborted before we got to it (accept(2)): nobody is waiting.
             await trio.lowlevel.checkpoint()

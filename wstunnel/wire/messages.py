@@ -27,7 +27,8 @@ Number = Annotated[int, Meta(ge=0, le=NUMBER_MAX)]
 Count = Annotated[int, Meta(ge=1, le=NUMBER_MAX)]
 Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{22}\Z")]
 """128 random bits in base64url without padding, chosen by whoever opens the thing."""
-Text = Annotated[str, Meta(max_length=1024)]
+TEXT_CHARACTERS = 1024
+Text = Annotated[str, Meta(max_length=TEXT_CHARACTERS)]
 Name = Annotated[str, Meta(max_length=64)]
 Features = Annotated[list[Name], Meta(max_length=64)]
 LinkRole = Literal["control", "forward", "reverse"]

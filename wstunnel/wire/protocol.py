@@ -354,7 +354,11 @@ class LinkProtocol:
         if stream.reset_wanted is None or stream.outbound.queued() or not stream.resettable():
             return False
         code, reason = stream.reset_wanted
-        out.append(self._frame(Opcode.TEXT, messages.encode(Reset(n=self.n, code=code, message=reason))))
+        out.append(
+            self._frame(
+                Opcode.TEXT, messages.encode(Reset(n=self.n, code=code, message=reason[: messages.TEXT_CHARACTERS]))
+            )
+        )
         self._move(ExchangeEvent.RESET_SENT)
         return True
 
