@@ -98,7 +98,12 @@ def test_a_terminal_that_gives_nothing(keys: str, code: int, home: Path) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_at_the_prompt_gives_the_echo_back(number: signal.Signals) -> None:
-    terminal = Terminal("login")
+    # Whoever runs the tests under nohup has SIGHUP ignored, and children inherit that.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        terminal = Terminal("login")
+    finally:
+        signal.signal(number, before)
     terminal.expect("Login URL (not shown): ")
 
     def echoes() -> bool:
