@@ -78,7 +78,7 @@ from tests.test_link import (
     want_write,
     write,
 )  # fmt: skip
-from wstunnel import limits
+from wstunnel import limits, sockets
 from wstunnel import link as link_module
 from wstunnel import stream as stream_module
 from wstunnel.link import Link
@@ -630,7 +630,7 @@ class TestHangup:
         application.send(bytes(3000))
         await wait_all_tasks_blocked()
         assert stream.mask == 0 and stream.outbound.room() == 0
-        application.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, stream_module.LINGER_RESET)
+        sockets.reset_on_close(application)
         application.close()
         await wait_all_tasks_blocked()
         for end in (ends.client, ends.server):
@@ -661,7 +661,7 @@ class TestErrors:
 
     async def test_the_same_over_real_sockets(self, ends: Ends) -> None:
         _stream, application, target = await ends.open()
-        target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, stream_module.LINGER_RESET)
+        sockets.reset_on_close(target)
         await target.aclose()
         with pytest.raises(trio.BrokenResourceError):
             while True:

@@ -300,6 +300,15 @@ class TestRealSockets:
             nursery.cancel_scope.cancel()
         assert descriptors() == before
 
+    async def test_cancelled_when_connected_is_a_reset_for_the_target(self, listener: socket.socket) -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await connect_socket(socket.AF_INET, listener.getsockname())
+        assert scope.cancelled_caught
+        accepted, _ = listener.accept()
+        with accepted, pytest.raises(ConnectionResetError):
+            accepted.recv(1)
+
     async def test_out_of_descriptors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def none_left(*_: object) -> socket.socket:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -17,11 +17,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.roles import descriptors, free_port, tcp_pair
 from wstunnel import dialler as dialler_module
-from wstunnel import limits, tls
+from wstunnel import limits, sockets, tls
 from wstunnel.auth import LoginUrl, Token, parse_login_url
 from wstunnel.dialler import AGENT, Dialler
 from wstunnel.errors import NetworkError, ServerRefusedError, TrustError, UsageError
-from wstunnel.stream import LINGER_RESET
 
 TOKEN = Token.new()
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
@@ -324,7 +323,7 @@ class TestLayers:
     async def test_a_connection_that_is_reset(self, nursery: trio.Nursery) -> None:
         async def abort(stream: trio.SocketStream) -> None:
             await stream.receive_some(10)
-            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+            sockets.reset_on_close(stream.socket._sock)
             stream.socket.close()
 
         server = await FakeServer(abort).start(nursery)

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire.protocol",),
     # This machine and the texts with a grammar; none knows of another.
     ("logs",),
-    ("descriptors", "pool", "reactor", "state", "systemd", "targets", "transport"),
+    ("descriptors", "pool", "reactor", "sockets", "state", "systemd", "targets", "transport"),
     ("auth", "forwards", "policy", "tls"),
     # The data path: one stream, one link, and the ways out.
     ("config", "dial", "link", "profiles", "stream"),

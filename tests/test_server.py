@@ -28,7 +28,7 @@ from tests.roles import (  # lines, make_world and raises are fixtures
     tcp_pair,
     until,
 )
-from wstunnel import limits, tls
+from wstunnel import limits, sockets, tls
 from wstunnel import server as server_module
 from wstunnel.auth import Token, Users
 from wstunnel.config import ServerConfig
@@ -661,7 +661,7 @@ class TestStrangers:
         async with serving(tmp_path) as server:
             stranger = await Stranger.connect(server.port)
             await until(lambda: server.server._handshakes)
-            tcp.reset(stranger.stream.socket._sock)
+            sockets.reset(stranger.stream.socket._sock)
             await until(lambda: not server.server._handshakes)
             another = await Stranger.connect(server.port)
             assert await another.upgrade(server.token) == 101

@@ -82,7 +82,7 @@ class TestStart:
         application, local = MemorySocket.pair()
         stream.connected(wire.reactor, local, "address")
         assert local.closed
-        assert not application.reset_by_peer
+        assert application.reset_by_peer  # to the target, too, it was no orderly end
         assert wire.end.reached == []
 
     def test_a_dial_that_ends_while_the_reset_is_unanswered_says_nothing(self):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import trio
 
-from wstunnel import descriptors, limits, logs, systemd, tls
+from wstunnel import descriptors, limits, logs, sockets, systemd, tls
 from wstunnel.config import ClientConfig
 from wstunnel.dialler import AGENT, Dialler
 from wstunnel.endpoints import tcp
@@ -163,7 +163,7 @@ class ClientSession(Session):
 
     def _add_link(self, sock: socket.socket, leftover: bytes, role: LinkRole) -> None:
         if self._stopping:
-            tcp.reset(sock)
+            sockets.reset(sock)
             return
         if role == "control" and self._control is not None:
             role = "forward"
@@ -258,14 +258,14 @@ class ClientSession(Session):
         """Carry a connection to the forward's target. Takes the socket over."""
         peer = tcp.peer_name(sock)
         if self._stopping:
-            tcp.reset(sock)
+            sockets.reset(sock)
         elif (
             not self.principal.budget.admitting() or len(self.streams) + len(self._waiting) >= limits.PRINCIPAL_STREAMS
         ):
             _log.warning(
                 "connection reset: too many streams or too much memory held", peer=peer, target=str(forward.target)
             )
-            tcp.reset(sock)
+            sockets.reset(sock)
         elif (link := self._take_idle()) is not None:
             self._open(link, sock, forward, peer)
         else:
@@ -307,7 +307,7 @@ class ClientSession(Session):
                     peer=waiting.peer,
                     target=str(waiting.forward.target),
                 )
-                tcp.reset(waiting.sock)
+                sockets.reset(waiting.sock)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ class ClientSession(Session):
     def drop_waiting(self) -> None:
         """Reset the connections that wait for a link: unlike a stream's, they are not the reactor's to close."""
         while self._waiting:
-            tcp.reset(self._waiting.popleft().sock)
+            sockets.reset(self._waiting.popleft().sock)
 
 
 def _bind(config: ClientConfig) -> list[tuple[socket.socket, Forward]]:

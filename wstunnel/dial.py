@@ -20,7 +20,7 @@ from typing import Any
 
 import trio
 
-from wstunnel import limits
+from wstunnel import limits, sockets
 from wstunnel.errors import NetworkError, StreamError
 from wstunnel.policy import NameVerdict, Policy, denial
 from wstunnel.targets import Target, address_family, join_host_port
@@ -99,8 +99,11 @@ async def connect_socket(family: socket.AddressFamily, sockaddr: SocketAddress) 
         # §3.5, simultaneous open). Nobody listens there.
         if sock.getsockname()[1] == sockaddr[1] and sock.getsockname() == sock.getpeername():
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    except BaseException:
+    except OSError:
         sock.close()
+        raise
+    except BaseException:
+        sockets.reset(sock)  # it may be connected: to the target, an application that gave up is not one that finished
         raise
     return sock
 
@@ -320,7 +323,7 @@ async def _race(
     except BaseException:
         # Cancelled from outside between the victory and the end of the losers.
         if winner is not None:
-            winner[0].close()
+            sockets.reset(winner[0])
         raise
     return winner
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 from typing import TYPE_CHECKING, Protocol
 
-from wstunnel import limits, logs
+from wstunnel import limits, logs, sockets
 from wstunnel.errors import LocalError
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
 from wstunnel.wire.protocol import StreamState
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
     from wstunnel.link import Link
 
-LINGER_RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER on with no time: close() sends a reset (socket(7))."""
 WRITE_TURNS = 4
 """Writes of one inbox per event: a fast reader must not keep the reactor to itself."""
 
@@ -95,12 +92,12 @@ class Stream(Handler):
     def start(self, reactor: Reactor, sock: socket.socket) -> None:
         """Take over the connected, non-blocking socket. What came early from the peer is delivered."""
         if self.outcome is not None or self.reason is not None:
-            sock.close()
+            sockets.reset(sock)
             return
         try:
             reactor.adopt(self, sock)
         except LocalError as error:
-            sock.close()
+            sockets.reset(sock)
             self.reset("limit", str(error))
             return
         if len(self.inbound.inbox):
@@ -355,8 +352,5 @@ class Stream(Handler):
         if self.sock is None:
             return
         if reset:
-            try:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-            except OSError:
-                pass  # already dead
+            sockets.reset_on_close(self.sock)
         self.reactor.drop(self)

@@ -176,29 +176,6 @@ class TestNames:
         with socket.socket() as sock:
             assert tcp.peer_name(sock) == ""
 
-    def test_reset_is_no_orderly_end(self) -> None:
-        one, two = tcp_pair()
-        tcp.reset(one)
-        assert one.fileno() == -1
-        two.setblocking(True)
-        with pytest.raises(ConnectionResetError):
-            two.recv(1)
-        two.close()
-
-    def test_a_dead_socket_is_closed_all_the_same(self) -> None:
-        class Dead:
-            closed = False
-
-            def setsockopt(self, *_: object) -> None:
-                raise OSError(errno.EINVAL, "Invalid argument")
-
-            def close(self) -> None:
-                self.closed = True
-
-        dead: Any = Dead()
-        tcp.reset(dead)
-        assert dead.closed
-
 
 class FakeListener:
     """A listener whose accepts are scripted: errno, or a socket. It is readable while anything is left."""

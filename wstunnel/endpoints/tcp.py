@@ -11,7 +11,6 @@ import trio
 
 from wstunnel import logs
 from wstunnel.errors import LocalError
-from wstunnel.stream import LINGER_RESET
 from wstunnel.targets import join_host_port
 
 _log = logs.logger("tcp")
@@ -121,15 +120,6 @@ def activate(listener: socket.socket) -> None:
 
 def _in_use(where: str) -> LocalError:
     return LocalError(f"cannot listen on {where}: the port is in use; stop what uses it (ss -ltnp) or choose another")
-
-
-def reset(sock: socket.socket) -> None:
-    """Close a connection with a TCP reset, so that its other end does not take it for an orderly end."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-    except OSError:
-        pass  # already dead
-    sock.close()
 
 
 def peer_name(sock: socket.socket) -> str:
