@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import heapq
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,8 @@ class MemoryReactor:
         self._again: dict[Handler, None] = {}
         self._hung_up: set[Handler] = set()  # on_hangup was called since the mask became empty
         self._later: list[Callable[[], None]] = []
+        self._alarms: list[tuple[float, int, Callable[[], None]]] = []
+        self._alarm_number = 0
 
     @staticmethod
     def spent() -> float:
@@ -147,6 +150,20 @@ class MemoryReactor:
 
     def later(self, function: Callable[[], None]) -> None:
         self._later.append(function)
+
+    def at(self, when: float, function: Callable[[], None]) -> None:
+        self._alarm_number += 1
+        heapq.heappush(self._alarms, (when, self._alarm_number, function))
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and run in order what is due: each at its own time, so that `now` is what it asked for."""
+        end = self.now + seconds
+        while self._alarms and self._alarms[0][0] <= end:
+            when, _, function = heapq.heappop(self._alarms)
+            self.now = max(self.now, when)
+            function()
+            self._run_later()
+        self.now = end
 
     def drop(self, handler: Handler) -> None:
         sock, handler.sock, handler.fd, handler.mask = handler.sock, None, -1, 0
@@ -182,6 +199,9 @@ class MemoryReactor:
             handler.on_readable()
         if events & WRITE and handler.mask & WRITE:
             handler.on_writable()
+        self._run_later()
+
+    def _run_later(self) -> None:
         functions, self._later = self._later, []
         for function in functions:
             function()

@@ -24,13 +24,25 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Words that everybody uses.
     ("wstunnel", "errors", "limits"),
     # The protocol, sans I/O.
-    ("wire", "wire.buffer", "wire.credit", "wire.http1", "wire.masking", "wire.messages", "wire.tombstones"),
-    ("wire.frames", "wire.handshake", "wire.states"),
+    ("wire", "wire.buffer", "wire.credit", "wire.http1", "wire.masking", "wire.messages"),
+    ("wire.frames", "wire.handshake", "wire.states", "wire.tombstones"),
     ("wire.directions",),
     ("wire.protocol",),
     # This machine and the texts with a grammar; none knows of another.
     ("logs",),
-    ("descriptors", "pool", "reactor", "sockets", "state", "systemd", "targets", "transport"),
+    (
+        "descriptors",
+        "liveness",
+        "outages",
+        "pace",
+        "pool",
+        "reactor",
+        "sockets",
+        "state",
+        "systemd",
+        "targets",
+        "transport",
+    ),
     ("auth", "forwards", "policy", "tls"),
     # The data path: one stream, one link, and the ways out.
     ("config", "dial", "link", "profiles", "stream"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import logging
 import os
 import select
@@ -746,6 +747,266 @@ class TestLater:
         await nursery.start(reactor.run)
         await settle()
         assert log == ["a readable", "later", "b readable", "later"]
+
+
+class TestAt:
+    async def test_runs_once_at_its_time(self, driver, nursery, autojump_clock):
+        reactor, times = await alarmed(driver, nursery)
+        start = trio.current_time()
+        reactor.at(start + 15, lambda: times.append(trio.current_time() - start))
+        await trio.sleep(14.999)
+        assert times == []
+        await trio.sleep(100)
+        assert times == [pytest.approx(15)]
+        assert times[0] >= 15, "the function would find that it is too early"
+
+    async def test_in_order_of_time_and_then_of_the_calls(self, driver, nursery, autojump_clock):
+        reactor, times = await alarmed(driver, nursery)
+        start = trio.current_time()
+        for number, seconds in enumerate([5, 3, 9, 3, 1, 5]):
+            reactor.at(start + seconds, lambda number=number: times.append((number, trio.current_time() - start)))
+        await trio.sleep(10)
+        assert times == [(4, 1), (1, 3), (3, 3), (0, 5), (5, 5), (2, 9)]
+
+    async def test_an_earlier_one_is_not_held_up(self, driver, nursery, autojump_clock):
+        """Set at different moments: from a task, from a callback, from an alarm."""
+        reactor, times = await alarmed(driver, nursery)
+        start = trio.current_time()
+
+        def note() -> None:
+            times.append(trio.current_time() - start)
+
+        reactor.at(start + 60, note)
+        await settle()
+        reactor.at(start + 30, note)
+        reactor.at(start + 40, note)
+        reactor.later(lambda: reactor.at(start + 20, note))
+        reactor.at(start + 5, lambda: reactor.at(start + 10, note))
+        await trio.sleep(100)
+        assert times == [10, 20, 30, 40, 60]
+
+    async def test_what_is_past_runs_soon_and_not_at_once(self, driver, nursery):
+        reactor, log = await alarmed(driver, nursery)
+        reactor.at(trio.current_time() - 5, lambda: log.append("past"))
+        reactor.at(float("-inf"), lambda: log.append("long past"))
+        assert log == []
+        await settle()
+        assert log == ["long past", "past"]
+
+    async def test_before_run(self, driver, nursery, autojump_clock):
+        reactor, log = driver(), []
+        reactor.at(trio.current_time() + 2, lambda: log.append("two"))
+        reactor.at(trio.current_time() + 1, lambda: log.append("one"))
+        await trio.sleep(5)
+        assert log == []
+        await nursery.start(reactor.run)
+        reactor.at(
+            trio.current_time(), lambda: log.append("three")
+        )  # before the alarms' task has run for the first time
+        await settle()
+        assert log == ["one", "two", "three"]
+
+    async def test_outside_of_any_turn_though_a_batch_is_cut(self, driver, pair, nursery):
+        """It may call a handler itself: two callbacks at once would share the scratch buffer."""
+        clock, depths, depth = FakeClock(), [], 0
+        reactor, handlers, enough = driver(clock), [Recorder(), Recorder()], trio.Event()
+        turn = reactor._turn
+
+        def counted() -> None:
+            nonlocal depth
+            depth += 1
+            turn()
+            depth -= 1
+
+        def alarm() -> None:
+            depths.append(depth)
+            handlers[0].on_readable()
+            if len(depths) < 5:
+                reactor.at(0, alarm)
+            else:
+                enough.set()
+
+        def slow(handler: Recorder) -> None:
+            clock.seconds += 1
+            if not enough.is_set():
+                reactor.again(handler)
+
+        reactor._turn = counted
+        for handler in handlers:
+            handler.read = lambda handler=handler: slow(handler)
+            reactor.adopt(handler, pair()[0])
+        reactor.at(0, alarm)
+        await nursery.start(reactor.run)
+        await enough.wait()
+        assert depths == [0] * 5
+
+    async def test_it_may_do_all_that_a_callback_may(self, reactor, pair):
+        handler, gone, (near, far), (other, _) = Recorder(), Recorder("gone"), pair(), pair()
+        reactor.adopt(gone, other)
+        await settle()
+
+        def alarm() -> None:
+            reactor.drop(gone)
+            reactor.adopt(handler, near, 0)
+            reactor.want(handler, READ)
+            reactor.again(handler)
+            reactor.later(lambda: handler.log.append("later"))
+            handler.on_readable()
+
+        handler.read = handler.drain
+        reactor.at(trio.current_time(), alarm)
+        await settle()
+        assert handler.log == ["it readable", "it readable", "later"]
+        assert gone.fd == -1
+        far.send(b"x")
+        await settle()
+        assert handler.log[-1] == "it readable"
+
+    async def test_now_is_exact(self, driver, nursery, autojump_clock):
+        reactor, times = await alarmed(driver, nursery)
+        when = trio.current_time() + 7
+        reactor.at(when, lambda: times.append(reactor.now))
+        await trio.sleep(8)
+        assert times == [when]
+
+    async def test_an_error_is_logged_and_stops_nothing(self, reactor, caplog):
+        log: list[str] = []
+
+        def broken() -> None:
+            raise ValueError("no good")
+
+        reactor.at(0, broken)
+        reactor.at(0, lambda: log.append("next"))
+        await settle()
+        reactor.at(0, lambda: log.append("after"))
+        await settle()
+        assert log == ["next", "after"]
+        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+        assert "no good" in caplog.text
+
+    async def test_what_is_no_exception_ends_the_reactor_and_closes_everything(self, driver, pair):
+        class Stop(BaseException):
+            pass
+
+        def fault() -> None:
+            raise Stop
+
+        reactor, handler, (near, _) = driver(), Recorder(), pair()
+        reactor.adopt(handler, near)
+        reactor.at(0, fault)
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await reactor.run()
+        assert caught.value.split(Stop)[1] is None
+        assert near.fileno() == -1
+
+    async def test_one_that_puts_itself_back_does_not_stop_the_others(self, driver, pair, nursery):
+        reactor, count, handler = driver(FakeClock()), 0, Recorder()
+        await nursery.start(reactor.run)
+
+        def back() -> None:
+            nonlocal count
+            count += 1
+            reactor.at(0, back)
+
+        reactor.at(0, back)
+        reactor.adopt(handler, pair()[0])
+        await passes(20)
+        assert 2 <= count <= 20
+        assert handler.log == ["it readable"]
+
+    async def test_many_that_are_due_at_once_let_others_run(self, driver, nursery):
+        clock, log = FakeClock(), []
+        reactor = driver(clock)
+        await nursery.start(reactor.run)
+
+        def slow(number: int) -> None:
+            clock.seconds += limits.TURN_SECONDS * 0.4
+            log.append(number)
+
+        for number in range(12):
+            reactor.at(0, lambda number=number: slow(number))
+        seen = []
+        while len(log) < 12:
+            await checkpoint()
+            seen.append(len(log))
+        assert set(seen) <= {0, 3, 6, 9, 12}
+        assert max(later - before for before, later in itertools.pairwise([0, *seen])) <= 6
+        assert log == list(range(12))
+
+    async def test_nothing_runs_after_the_end(self, driver, autojump_clock):
+        reactor, log = driver(), []
+        async with trio.open_nursery() as nursery:
+            await nursery.start(reactor.run)
+            now = trio.current_time()
+            reactor.at(now + 1, lambda: log.append("too late"))
+            reactor.at(now, lambda: log.append("due, and cancelled"))
+            nursery.cancel_scope.cancel()
+        reactor.at(now, lambda: log.append("after the end"))
+        assert reactor._alarms == []
+        await trio.sleep(5)
+        assert "too late" not in log
+        assert "after the end" not in log
+
+    @pytest.mark.parametrize("order", range(10))  # Trio shuffles the tasks of a pass
+    async def test_due_in_the_pass_in_which_the_reactor_ends(self, driver, pair, order, autojump_clock):
+        """Whichever task comes first, no alarm sees a reactor that has stopped."""
+        reactor, handler, stopped = driver(), Recorder(), []
+        async with trio.open_nursery() as nursery:
+            await nursery.start(reactor.run)
+            reactor.adopt(handler, pair()[0])
+            nursery.cancel_scope.deadline = trio.current_time() + 1
+            reactor.at(trio.current_time() + 1, lambda: stopped.append(reactor._stopped))
+        assert stopped in ([], [False])
+        assert handler.fd == -1
+
+    async def test_it_is_held_until_it_ran_and_no_longer(self, driver, nursery, autojump_clock):
+        reactor, handler = driver(), Recorder()
+        await nursery.start(reactor.run)
+        reactor.at(trio.current_time() + 1, handler.on_hangup)
+        kept = weakref.ref(handler)
+        del handler
+        await trio.sleep(0.5)
+        gc.collect()
+        assert kept() is not None
+        await trio.sleep(2)
+        gc.collect()
+        assert kept() is None
+
+    async def test_nothing_is_planned_when_all_have_run(self, reactor):
+        reactor.at(trio.current_time() + 1000, lambda: None)
+        await settle()
+        assert trio.lowlevel.current_statistics().seconds_to_next_deadline <= 1000
+        reactor.at(trio.current_time(), lambda: None)
+        await settle()
+        assert 900 < trio.lowlevel.current_statistics().seconds_to_next_deadline <= 1000
+
+    @needs_epoll
+    async def test_setting_one_wakes_nobody(self, nursery):
+        reactor = EpollReactor()
+        epoll = CountingEpoll(reactor)
+        await nursery.start(reactor.run)
+        await settle()
+        before = epoll.polls
+        for seconds in (30, 20, 40):
+            reactor.at(trio.current_time() + seconds, lambda: None)
+        await passes(20)
+        assert epoll.polls == before
+
+    async def test_no_time_at_all(self, reactor):
+        with pytest.raises(ValueError, match="at: nan"):
+            reactor.at(float("nan"), lambda: None)
+        log: list[str] = []
+        reactor.at(float("inf"), lambda: log.append("never"))
+        reactor.at(0, lambda: log.append("now"))
+        await settle()
+        assert log == ["now"]
+
+
+async def alarmed(driver: type[Reactor], nursery: trio.Nursery) -> tuple[Reactor, list]:
+    """A reactor that runs by the test's clock (fixtures have one of their own), and a list to note things in."""
+    reactor = driver()
+    await nursery.start(reactor.run)
+    return reactor, []
 
 
 class TestDrop:

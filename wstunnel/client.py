@@ -20,12 +20,25 @@ from wstunnel.endpoints import tcp
 from wstunnel.errors import LocalError, NetworkError, ProtocolError, ServerRefusedError, TrustError
 from wstunnel.forwards import Forward
 from wstunnel.link import Link
+from wstunnel.liveness import Sleep, boottime
 from wstunnel.pool import SURPLUS_SECONDS, Backoff, Demand, links_to_dial
 from wstunnel.reactor import Reactor, make_reactor
 from wstunnel.session import Principal, Session
+from wstunnel.stream import Stream
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.frames import CloseCode, MaskKeys
-from wstunnel.wire.messages import FEATURES, VERSION, AnyMessage, Bye, Hello, LinkRole, Welcome
+from wstunnel.wire.messages import (
+    FEATURES,
+    VERSION,
+    AnyMessage,
+    Bye,
+    Detached,
+    Drain,
+    Gone,
+    Hello,
+    LinkRole,
+    Welcome,
+)
 from wstunnel.wire.protocol import LinkProtocol
 from wstunnel.wire.states import Exchange
 
@@ -38,6 +51,12 @@ WAITING_RETRY_SECONDS = 2.0
 """Longest pause between dials while an application waits, which it does for 10 s."""
 _READY = frozenset({Exchange.NEW, Exchange.IDLE})
 """States of a link that can take a stream."""
+FRUITLESS_FREE = 3
+"""Links that a stream may lose at once, without having got anywhere, before it waits for the next one."""
+FRUITLESS_SECONDS = 0.1
+"""The first such wait; each one doubles it."""
+GONE_AT_ONCE = 128
+"""Answers to one `detached` that are queued at a time: a link's queue is short."""
 
 
 class _Waiting(NamedTuple):
@@ -56,17 +75,38 @@ class ClientSession(Session):
         dialler: makes connections.
         reactor: running, or about to.
         idle_links: warm links to keep.
+        resume_window: seconds for which streams without a link are to be kept; 0 is not at all.
         random_float: in [0, 1), for the back-off.
 
     Attributes:
         gone: set when the last link is gone after `stop`.
     """
 
+    resumes = True
+
     def __init__(
-        self, dialler: Dialler, reactor: Reactor, *, idle_links: int, random_float: Callable[[], float] = _random.random
+        self,
+        dialler: Dialler,
+        reactor: Reactor,
+        *,
+        idle_links: int,
+        resume_window: int = limits.RESUME_WINDOW_SECONDS,
+        random_float: Callable[[], float] = _random.random,
     ) -> None:
         super().__init__(secrets.token_urlsafe(16), Principal("local", Budget(limits.PROCESS_BYTES), {}), reactor, _log)
         self._dialler = dialler
+        self._wish = resume_window
+        self._features = [name for name in FEATURES if resume_window or name != "resume"]
+        self._boot = ""  # of the server that welcomed us last
+        self._drained: str | None = None  # boot of a server that is going
+        self._boots: dict[Link, str] = {}
+        self._resumable: dict[Stream, None] = {}  # detached, and not asked for on any link
+        self._afresh: set[Stream] = set()  # those that will be opened again instead
+        self._attempts: dict[Stream, tuple[int, int, float]] = {}  # in vain, at which progress, and when the last was
+        self._paused: dict[Stream, float] = {}  # not resumed before then
+        self._unknown: dict[str, None] = {}  # ids that the server thinks we have
+        self._stalled: set[Link] = set()
+        self._useful_at = -math.inf  # when a stream last went on or was opened
         self._demand = Demand(idle_links)
         self._least = idle_links
         self._idle: list[Link] = []
@@ -122,13 +162,15 @@ class ClientSession(Session):
     def _missing(self) -> int:
         if self._stopping:
             return 0
-        if not self._welcomed or not self._settled:
+        if not self._welcomed:
             # The first one finds out whether the server takes us at all: one refusal in its log, not twelve.
             return int(not self._dialling and not self.links)
+        # While links die young only those are dialled that somebody needs now.
+        warm = self._demand.wanted() if self._settled else 0
         return links_to_dial(
-            wanted=self._demand.wanted() + (self._control is None),
+            wanted=warm + (self._control is None),
             idle=len(self._idle),
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + len(self._resumable) + len(self._stalled),
             dialling=self._dialling,
             total=len(self.links),
         )
@@ -153,7 +195,7 @@ class ClientSession(Session):
                 raise
             self._failed(error)  # a captive portal, perhaps; the next network will be another
         except ServerRefusedError as error:
-            if not any(link.protocol.greeted for link in self.links):
+            if not self._detached and not any(link.protocol.greeted for link in self.links):
                 raise
             self._failed(NetworkError("http", str(error)))  # a proxy being reloaded, perhaps: streams live on
         except NetworkError as error:
@@ -170,27 +212,44 @@ class ClientSession(Session):
         protocol = LinkProtocol("client", keys=self._keys, role=role)
         link = Link(protocol, self, peer=self._dialler.url.authority, now=self.reactor.now)
         self.adopt_link(link)
-        protocol.send(Hello(version=VERSION, session=self.id, role=role, agent=AGENT, features=list(FEATURES)))
+        protocol.send(
+            Hello(
+                version=VERSION, session=self.id, role=role, agent=AGENT,
+                resume_window=self._wish, features=self._features,
+            )
+        )  # fmt: skip
         if role == "control":
             self._control = link
-        elif not leftover:
-            self._use(link)  # hello, open and early data go out in one write
-        link.start(self.reactor, sock, leftover)
-        if leftover and role == "forward" and link.protocol.state in _READY:
+        elif self._boot and not leftover:
+            # hello, open and early data go out in one write. Not before a first `welcome`: if this link is cut, only
+            # the server's boot id tells whether the stream may be opened again.
             self._use(link)
+        link.start(self.reactor, sock, leftover)
 
     def _use(self, link: Link) -> None:
-        """Give an idle link to whoever waits for one."""
-        if self._waiting:
+        """Give an idle link to whoever waits for one: streams that lost theirs first."""
+        if link.protocol.state not in _READY or self._going(link):
+            return
+        stream = self._next_resumable(link)
+        if stream is not None:
+            self._resume(stream, link)
+        elif self._waiting:
             waiting = self._waiting.popleft()
             self._open(link, waiting.sock, waiting.forward, waiting.peer)
-        else:
+        elif link not in self._idle:
             self._idle.append(link)
 
     def message(self, link: Link, message: AnyMessage) -> None:
-        if not isinstance(message, Welcome):
+        if isinstance(message, Welcome):
+            self._welcome(link, message)
+        elif isinstance(message, Detached):
+            self._server_detached(message)
+        elif isinstance(message, Drain):
+            self._server_drains(link)
+        else:
             super().message(link, message)
-            return
+
+    def _welcome(self, link: Link, message: Welcome) -> None:
         if message.version != VERSION:
             self._refusal = ServerRefusedError(
                 f"the server speaks version {message.version} of the tunnel protocol, this client {VERSION}:"
@@ -199,11 +258,19 @@ class ClientSession(Session):
             self._changed.set()
             raise ProtocolError("version")
         link.measure(link.created)
+        self._boot = self._boots[link] = message.boot
+        if link.stream is not None:
+            link.stream.boot = message.boot
+        self.resume_window = float(message.resume_window) if "resume" in message.features and self._wish else 0.0
         if message.idle_links:
             self._demand.least = min(self._least, message.idle_links)
         self._away = False
         if self._settled:
             self._back()
+        if link.protocol.role == "forward" and link.stream is None:
+            if link in self._idle:
+                self._idle.remove(link)
+            self._use(link)
         self._changed.set()
 
     def _back(self) -> None:
@@ -221,6 +288,8 @@ class ClientSession(Session):
 
     def lost(self, link: Link, reason: str) -> None:
         super().lost(link, reason)
+        self._boots.pop(link, None)
+        self._stalled.discard(link)
         if link is self._control:
             self._control = None
         if link in self._idle:
@@ -229,7 +298,9 @@ class ClientSession(Session):
             pass
         elif not link.protocol.greeted and link.close_code == CloseCode.POLICY:
             self._refusal = ServerRefusedError(f"the server refused the link: {logs.escape(reason)}")
-        elif not link.protocol.greeted or self.reactor.now - link.created < YOUNG_SECONDS:
+        elif not link.protocol.greeted or (
+            self.reactor.now - link.created < YOUNG_SECONDS and self._useful_at < link.created
+        ):
             self._settled = False
             self._failed(NetworkError("tunnel", reason))
         if self._stopping and not self.links:
@@ -250,6 +321,141 @@ class ClientSession(Session):
                 layer=error.layer, reason=str(error),
             )  # fmt: skip
             systemd.notify(f"STATUS=the server is away: {logs.escape(str(error))}", environ=os.environ)
+        self._changed.set()
+
+    # --- streams that lost their link ---------------------------------------------------------------------------------
+
+    def stream_detached(self, stream: Stream) -> bool:
+        kept = super().stream_detached(stream)
+        if kept:
+            if not self._resumable:
+                self.reactor.later(self._resume_waiting)  # not now: a link is in the middle of its end
+            self._resumable[stream] = None
+            self._slow_down(stream)
+        return kept
+
+    def _slow_down(self, stream: Stream) -> None:
+        """A stream that loses every link as soon as it is on it, and gets nowhere, must not spin."""
+        now = self.reactor.now
+        fruitless, mark, since = self._attempts.get(stream, (0, -1, -math.inf))
+        if stream.state.progress() != mark or now - since >= YOUNG_SECONDS:
+            fruitless = 0
+        self._attempts[stream] = (fruitless + 1, stream.state.progress(), now)
+        pause = min(FRUITLESS_SECONDS * 2.0 ** (fruitless - FRUITLESS_FREE), limits.BACKOFF_MAX_SECONDS)
+        if fruitless >= FRUITLESS_FREE:
+            self._paused[stream] = now + pause
+            self.reactor.at(now + pause, self._resume_waiting)
+
+    def _resume_waiting(self) -> None:
+        """Resume on idle links as far as there are any; more are dialled."""
+        for link in sorted(self._idle, key=lambda link: link.last_received, reverse=True):
+            if not self._resumable:
+                break
+            if link.protocol.state is Exchange.IDLE and (stream := self._next_resumable(link)) is not None:
+                self._idle.remove(link)
+                self._resume(stream, link)
+        self._changed.set()
+
+    def _next_resumable(self, link: Link) -> Stream | None:
+        """The stream that has waited longest, of those that may trust this link."""
+        if link.protocol.state is not Exchange.IDLE or not self.resume_window:
+            return None
+        for stream in self._resumable:
+            if link.last_received > stream.proof_after and self.reactor.now >= self._paused.get(stream, -math.inf):
+                return stream
+        return None
+
+    def _resume(self, stream: Stream, link: Link) -> None:
+        del self._resumable[stream]
+        self._paused.pop(stream, None)
+        if stream in self._afresh:
+            self._afresh.discard(stream)
+            stream.boot = self._boots[link]
+            stream.link = link
+            link.attach(stream)
+            link.open(stream.state, target=stream.target, peer=stream.peer)
+            self.stream_resumed(stream)
+            self.reactor.later(link.flush)
+        else:
+            stream.state.epoch += 1
+            link.resume(stream)
+
+    def stream_resumed(self, stream: Stream) -> None:
+        super().stream_resumed(stream)
+        self._useful()
+
+    def stream_opened(self, stream: Stream) -> None:
+        super().stream_opened(stream)
+        self._useful()
+
+    def _useful(self) -> None:
+        """The server does its work: links that die young are not its fault."""
+        self._useful_at = self.reactor.now
+        if not self._settled:
+            self._settled = True
+            self._back()
+            self._changed.set()
+
+    def stream_unknown(self, stream: Stream) -> bool:
+        """A stream that this very server was never asked for is opened afresh, under a new id: the old one is refused
+        for good, so whatever is still held back on the way dials nothing."""
+        state = stream.state
+        if not state.unanswered() or stream.boot != self._boot:
+            return False
+        del self.streams[state.id]
+        state.id = secrets.token_urlsafe(16)
+        state.epoch = 0
+        state.outbound.restart()
+        self.streams[state.id] = stream
+        self._afresh.add(stream)
+        self._resumable[stream] = None
+        self.reactor.later(self._resume_waiting)
+        return True
+
+    def stream_ended(self, stream: Stream) -> None:
+        super().stream_ended(stream)
+        self._resumable.pop(stream, None)
+        self._afresh.discard(stream)
+        self._attempts.pop(stream, None)
+        self._paused.pop(stream, None)
+
+    def _server_detached(self, message: Detached) -> None:
+        """The server noticed first that links are gone. What it asks for and we do not have is gone."""
+        for stream_id in message.streams:
+            stream = self.streams.get(stream_id)
+            if stream is None:
+                self._unknown[stream_id] = None
+            elif stream.link is not None and stream.link.protocol.state is not Exchange.RESUMING:
+                stream.link.give_up_stream("the server has lost this link")
+                self.stream_detached(stream)
+        self._tell_unknown()
+
+    def _tell_unknown(self) -> None:
+        control = self._control
+        if not self._unknown or control is None or control.blocked or control.protocol.state is not Exchange.IDLE:
+            return
+        for stream_id in list(self._unknown)[:GONE_AT_ONCE]:
+            del self._unknown[stream_id]
+            control.protocol.send(Gone(stream=stream_id, outcome="unknown"))
+        control.flush()
+
+    def _server_drains(self, link: Link) -> None:
+        """The server is going: its links take no stream any more."""
+        self._drained = self._boots.get(link, self._boot)
+        self._idle = [idle for idle in self._idle if not self._going(idle)]
+        _log.warning("the server is stopping", server=str(self._dialler.url))
+
+    def _going(self, link: Link) -> bool:
+        """Whether the link's server has said `drain`."""
+        return self._boots.get(link, self._boot) == self._drained
+
+    def stalled(self, link: Link) -> None:
+        """Nothing comes back on a link: dial another at once, and see which of the idle ones are alive."""
+        if link.stream is not None:
+            self._stalled.add(link)
+        for idle in self._idle:
+            if idle.last_received < link.last_received and idle.protocol.greeted:
+                idle.ping()
         self._changed.set()
 
     # --- applications' connections ------------------------------------------------------------------------------------
@@ -276,13 +482,14 @@ class ClientSession(Session):
         """The link that was used last. Those in their closing handshake are passed over: `lost` comes only after it."""
         while self._idle:
             link = self._idle.pop()
-            if link.protocol.state in _READY:
+            if link.protocol.state in _READY and not self._going(link):
                 return link
         return None
 
     def _open(self, link: Link, sock: socket.socket, forward: Forward, peer: str) -> None:
         target = str(forward.target)
         stream = self.make_stream(secrets.token_urlsafe(16), egress=False, target=target, peer=peer)
+        stream.boot = self._boots.get(link, self._boot)
         stream.link = link
         link.attach(stream)
         link.open(stream.state, target=target, peer=peer)
@@ -314,6 +521,9 @@ class ClientSession(Session):
     def sweep(self, now: float) -> None:
         super().sweep(now)
         self._demand.second()
+        self._tell_unknown()
+        if self._resumable:
+            self._resume_waiting()
         if not self._settled and any(
             link.protocol.greeted and now - link.created >= YOUNG_SECONDS for link in self.links
         ):
@@ -397,7 +607,7 @@ async def run(
     descriptors.raise_limit()
     listening = _bind(config)
     reactor = make_reactor()
-    session = ClientSession(dialler, reactor, idle_links=config.idle_links)
+    session = ClientSession(dialler, reactor, idle_links=config.idle_links, resume_window=config.resume_window)
     try:
         await _serve(config, session, listening, shutdown, task_status)
     finally:
@@ -430,6 +640,10 @@ async def _serve(
 
 
 async def _sweep(session: ClientSession) -> None:
+    sleep = Sleep(trio.current_time(), boottime())
     while True:
         await trio.sleep(limits.SWEEP_SECONDS)
-        session.sweep(session.reactor.now)
+        now = session.reactor.now
+        if sleep.slept(now, boottime()):
+            session.woke(now)
+        session.sweep(now)

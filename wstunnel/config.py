@@ -20,6 +20,7 @@ class ServerConfig:
 
     `bind` holds IP addresses without brackets; empty means all, IPv4 and IPv6. `cert` and `key` are PEM files, both or
     neither; with neither the server makes its own in `state_dir`. `allow` empty means the default policy.
+    `max_resume_window` is in seconds; 0 means that streams end with their links.
     """
 
     port: int = 443
@@ -29,6 +30,7 @@ class ServerConfig:
     cert: Path | None = None
     key: Path | None = None
     allow: tuple[Rule, ...] = ()
+    max_resume_window: int = limits.MAX_RESUME_WINDOW_SECONDS
     state_dir: Path
 
 
@@ -37,7 +39,8 @@ class ClientConfig:
     """`wstunnel client`.
 
     `ca` is a PEM file that replaces the system's trust store. `pins` are SHA-256 digests (32 bytes) of public keys;
-    with any pin, from here or from the URL, the pins alone decide.
+    with any pin, from here or from the URL, the pins alone decide. `resume_window` is in seconds; 0 means that streams
+    end with their links.
     """
 
     url: LoginUrl
@@ -45,5 +48,6 @@ class ClientConfig:
     ca: Path | None = None
     pins: tuple[bytes, ...] = ()
     idle_links: int = limits.IDLE_LINKS
+    resume_window: int = limits.RESUME_WINDOW_SECONDS
     exit_on_forward_failure: bool = False
     headers: tuple[tuple[str, str], ...] = field(default=())

@@ -64,14 +64,22 @@ PRINCIPAL_LINKS = 16384
 """Links of one principal."""
 PRINCIPAL_TOMBSTONES = 16384
 """Finished and refused ids remembered for one principal."""
-TOMBSTONE_SECONDS = 300.0
-"""How long a finished id is remembered: the default resume window."""
+TOMBSTONES = 65536
+"""Finished and refused ids remembered in all: about 25 MB."""
+PRINCIPAL_DETACHED = 4096
+"""Streams of one principal without a link. Beyond it the one that has waited longest is reset."""
+DETACHED = 8192
+"""Streams without a link in all. Each keeps a socket and what is to be sent again."""
 HALF_CLOSED_SECONDS = 3600.0
 """A half-closed stream without a byte for this long is reset."""
 
 # --- time -----------------------------------------------------------------------------------------------------------
 DIAL_SECONDS = 10.0
 """Dialling a target, name resolution included."""
+RESUME_WINDOW_SECONDS = 300
+"""How long a stream without a link is kept (`--resume-window`): a tunnel, a reboot of the router, a short sleep."""
+MAX_RESUME_WINDOW_SECONDS = 3600
+"""What a server grants at most (`--max-resume-window`), and how long it remembers the ids of streams that ended."""
 OPEN_WAIT_SECONDS = 10.0
 """How long an accepted connection waits for a link before it is reset."""
 STOP_SECONDS = 3.0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from wstunnel import limits, logs
+from wstunnel import limits, logs, sockets
 from wstunnel.errors import LocalError, ProtocolError
+from wstunnel.liveness import STALL_SECONDS, Liveness, Verdict
+from wstunnel.pace import Pace
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
-from wstunnel.wire.messages import Ack, AnyMessage, Eof, Message, Opened, Ping, Pong, Reset
+from wstunnel.wire.messages import Ack, AnyMessage, Eof, Gone, Message, Opened, Ping, Pong, Reset, Resume, Resumed
 from wstunnel.wire.protocol import Buffer, LinkProtocol, PeerClosed, StreamState
 from wstunnel.wire.states import Exchange
 
@@ -20,24 +23,30 @@ if TYPE_CHECKING:
 FLUSH_BYTES = 1024 * 1024
 """Most that one event writes: a peer that reads as fast as we write must not keep the reactor to itself."""
 NOTSENT_LOWAT = 256 * 1024
-"""Unsent bytes that the kernel takes on a link, so that control messages do not queue behind megabytes (tcp(7))."""
-_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+"""Unsent bytes that the kernel takes on a link, so that control messages do not queue behind megabytes."""
+UNGREETED_SECONDS = 1.0
+"""When to look again at a link that fell silent before the greeting: it cannot be asked, the sweep ends it."""
 
 
 _log = logs.logger("link")
+_ASKING = frozenset({Exchange.RESETTING, Exchange.RESUMING})
+"""States that end with the peer's answer."""
 
 
 class LinkOwner(Protocol):
     """Who a link belongs to: before `hello` the server's greeter, then a session."""
 
     def message(self, link: Link, message: AnyMessage) -> None:
-        """A message that is not about the stream on the link: hello, welcome, open, bye."""
+        """A message that is not about the stream on the link: hello, welcome, open, resume, detached, drain, bye."""
 
     def idle(self, link: Link) -> None:
         """The exchange ended: the link may carry another stream."""
 
     def lost(self, link: Link, reason: str) -> None:
         """The connection is gone, its stream was told. Called once."""
+
+    def stalled(self, link: Link) -> None:
+        """Data was sent and nothing comes back: the link may be dead, which its `ping` will tell in some seconds."""
 
 
 class Link(Handler):
@@ -58,9 +67,10 @@ class Link(Handler):
     """
 
     __slots__ = (
-        "_close_reason", "_closing_at", "_pending", "_ping_at", "_ping_number", "_progress_at", "_read_size",
-        "_read_wants_write", "_resetting_at", "_shut", "_tls", "_write_wants_read", "close_code", "created",
-        "idle_since", "last_id", "last_received", "owner", "peer", "protocol", "round_trip", "stream",
+        "_alarm_at", "_asked_at", "_close_reason", "_closing_at", "_liveness", "_pending", "_ping_at",
+        "_ping_number", "_ping_pulled", "_ping_queued", "_progress_at", "_read_size", "_read_wants_write",
+        "_shut", "_tls", "_write_pace", "_write_wants_read", "close_code", "created", "idle_since", "last_id",
+        "last_received", "owner", "peer", "protocol", "round_trip", "stream",
     )  # fmt: skip
 
     def __init__(self, protocol: LinkProtocol, owner: LinkOwner, *, peer: str, now: float) -> None:
@@ -80,20 +90,22 @@ class Link(Handler):
         self._close_reason = ""
         self._read_size = limits.READ_FIRST_BYTES
         self._progress_at = now
+        self._liveness = Liveness(now)
+        self._write_pace = Pace()
+        self._alarm_at = math.inf
+        self._ping_queued = False
+        self._ping_pulled = False
         self._ping_at: float | None = None
         self._ping_number = 0
         self._closing_at: float | None = None
-        self._resetting_at: float | None = None
+        self._asked_at: float | None = None
         self._shut = False
 
     def start(self, reactor: Reactor, sock: socket.socket, leftover: bytes = b"") -> None:
         """Take over the connection; `leftover` are bytes that were read behind the HTTP head."""
         self._tls = isinstance(sock, ssl.SSLSocket)
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
-            except OSError:
-                pass  # not on this kernel: only the latency beside bulk suffers
+        sockets.limit_unsent(sock, NOTSENT_LOWAT)
+        sockets.give_up_after(sock, limits.STALLED_SECONDS)
         try:
             reactor.adopt(self, sock)
         except LocalError as error:
@@ -101,6 +113,7 @@ class Link(Handler):
             self._detach(str(error))
             self.owner.lost(self, str(error))
             return
+        self._arm()
         try:
             if leftover and self.sock is not None:
                 self._process(leftover)
@@ -114,7 +127,8 @@ class Link(Handler):
     def on_readable(self) -> None:
         size = self._read_tls() if self._tls else self._read_plain()
         if size and self.sock is not None:
-            self.last_received = self.reactor.now
+            self.last_received = now = self.reactor.now
+            self._liveness.received(now)
             before = self.reactor.spent()
             self._process(self.reactor.scratch[:size])
             self._pace(self.reactor.spent() - before)
@@ -226,6 +240,18 @@ class Link(Handler):
             if stream is not None:
                 stream.was_reset(event.code, event.message)
             self._free()
+        elif isinstance(event, Resumed):
+            assert stream is not None
+            self._asked_at = None
+            stream.resumed(event.opened)
+            if self.protocol.state is Exchange.IDLE:
+                self._free()
+        elif isinstance(event, Gone) and stream is not None:
+            self.stream = stream.link = None
+            self._asked_at = None
+            self.idle_since = self.reactor.now
+            stream.gone(event.outcome, event.code, event.message)
+            self.owner.idle(self)
         elif isinstance(event, Pong):
             if self._ping_at is not None and event.number == self._ping_number:
                 self.measure(self._ping_at)
@@ -266,7 +292,9 @@ class Link(Handler):
             if budget <= 0:
                 more = True
                 break
-            buffers = protocol.pull(limits.FRAME_BYTES, self.reactor.now, self.round_trip)
+            self._ping_pulled |= self._ping_queued
+            self._ping_queued = False
+            buffers = protocol.pull(self._write_pace.frame, self.reactor.now, self.round_trip)
             if not buffers:
                 break
             budget -= self._write(buffers)
@@ -280,9 +308,11 @@ class Link(Handler):
             if state is Exchange.IDLE:
                 self._free()
             else:
-                if state is Exchange.RESETTING and self._resetting_at is None:
-                    self._resetting_at = self.reactor.now
+                if state in _ASKING and self._asked_at is None:
+                    self._asked_at = self.reactor.now
                 stream.refresh()
+        if self._pending is None and not more:
+            self._write_pace.idle()
         self._want(more)
         if self._closing_at is not None and self._pending is None:
             self._finish_close()
@@ -301,7 +331,10 @@ class Link(Handler):
             size = len(data)
             self._pending = memoryview(data)
             self._progress_at = self.reactor.now
-            self._write_pending()
+            if self._write_pending():
+                self._write_pace.took(size)
+            else:
+                self._write_pace.full(self.reactor.now)
             if self._pending is not None and isinstance(data, memoryview):  # pragma: no cover  # headers come first
                 self._pending = memoryview(bytes(self._pending))
             return size
@@ -313,11 +346,28 @@ class Link(Handler):
         except OSError as error:
             self.lose(f"connection failed: {error.strerror}")
             return size
-        if sent != size:
+        if sent == size:
+            self._write_pace.took(size)
+            self._taken()
+        else:
             # A copy: the views belong to a replay buffer that goes on growing.
             self._pending = memoryview(b"".join(buffers))[sent:]
             self._progress_at = self.reactor.now
+            self._write_pace.full(self.reactor.now)
         return size
+
+    def _taken(self) -> None:
+        """All that was pulled is with the kernel now: the clocks that wait for answers run from here."""
+        now = self.reactor.now
+        if self._ping_pulled:
+            self._ping_pulled = False
+            self._liveness.pinged(now)
+            self._arm()
+        if self.protocol.expecting:
+            self.protocol.expecting = False
+            self._liveness.sent(now)
+            if self._alarm_at > now + STALL_SECONDS:
+                self._arm()
 
     def _write_pending(self) -> bool:
         """Go on with the frame that was begun; True once it is out.
@@ -331,8 +381,10 @@ class Link(Handler):
         try:
             while True:
                 sent = self.sock.send(pending)
+                self._write_pace.drained(sent, self.reactor.now)
                 if sent == len(pending):
                     self._pending = None
+                    self._taken()
                     return True
                 pending = pending[sent:]
                 self._progress_at = self.reactor.now
@@ -354,12 +406,12 @@ class Link(Handler):
     def attach(self, stream: Stream) -> None:
         """The link carries `stream` now; the protocol's exchange has begun or begins next."""
         self.stream = stream
-        self._resetting_at = None
+        self._asked_at = None
 
     def _free(self) -> None:
         """The exchange is over on both sides."""
         stream, self.stream = self.stream, None
-        self._resetting_at = None
+        self._asked_at = None
         self.idle_since = self.reactor.now
         if stream is not None:
             self.last_id = stream.state.id
@@ -389,6 +441,37 @@ class Link(Handler):
         except ProtocolError as error:
             self.close(error.code, str(error))
 
+    def resume(self, stream: Stream) -> None:
+        """Client: go on with a stream on this idle link. Its epoch was raised."""
+        self.attach(stream)
+        stream.link = self
+        try:
+            self.protocol.resume(stream.state, opened=stream.dialled())
+        except ProtocolError as error:
+            self.close(error.code, str(error))
+        else:
+            self.flush()
+
+    def resumed(self, stream: Stream, message: Resume) -> None:
+        """Server: the stream goes on here, as `message` asks; goes out with the next flush.
+
+        Raises:
+            StreamError: it cannot; nothing has changed.
+            ProtocolError: the peer does not read.
+        """
+        self.protocol.resumed(stream.state, message, opened=stream.dialled())
+        self.attach(stream)
+        stream.link = self
+        stream.resumed(message.opened)
+
+    def give_up_stream(self, reason: str) -> None:
+        """The stream goes on elsewhere. It is detached before anything else, then the link is closed."""
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.link = None
+            stream.state.link_lost()
+        self.close(1000, reason)
+
     def opened(self, address: str) -> None:
         """Tell the peer that the target was reached; goes out with the next flush."""
         try:
@@ -400,11 +483,12 @@ class Link(Handler):
         """Send a `ping` message, and a ping frame for proxies that count only those."""
         self._ping_number += 1
         self._ping_at = self.reactor.now
+        self._ping_queued = True
         self.protocol.websocket_ping()
         self.send(Ping(number=self._ping_number))
 
     def sweep(self, now: float) -> None:
-        """Once a second: silent links are pinged, dead ones closed, deadlines kept."""
+        """Once a second: deadlines that need not be exact."""
         if self._closing_at is not None:
             if now >= self._closing_at:
                 self.lose("closed")
@@ -413,13 +497,51 @@ class Link(Handler):
         elif not self.protocol.greeted:
             if now - self.created > limits.HANDSHAKE_SECONDS:
                 self.close(1002, "no hello in time" if self.protocol.side == "server" else "no welcome in time")
-        elif self._resetting_at is not None and now - self._resetting_at > limits.PONG_WITHIN_SECONDS:
-            self.close(1002, "reset was not answered")
-        elif self._ping_at is not None and self.last_received < self._ping_at:
-            if now - self._ping_at > limits.PONG_WITHIN_SECONDS:
-                self.lose(f"no answer for {now - self._ping_at:.0f} s")
-        elif now - self.last_received > limits.PING_AFTER_SECONDS:
+        elif self._asked_at is not None and now - self._asked_at > limits.PONG_WITHIN_SECONDS:
+            self.close(1002, f"{self.protocol.state.value} was not answered")
+
+    def _arm(self) -> None:
+        """See to it that `_look` is called in time. An alarm that was set for later stays, and does nothing."""
+        due = self._liveness.due(self.round_trip)
+        if due < self._alarm_at:
+            self._alarm_at = due
+            self.reactor.at(due, self._look)
+
+    def _look(self) -> None:
+        """Is the link alive? Exact to the deadlines of `liveness`, unlike the sweep."""
+        now = self.reactor.now
+        if now < self._alarm_at or self.sock is None or self._closing_at is not None:
+            return
+        late, self._alarm_at = now - self._alarm_at, math.inf
+        try:
+            if self._ping_at is not None:
+                self.on_readable()  # what came in time counts, though nobody had the time to read it
+            if self.sock is not None and self._closing_at is None:
+                self._judge(now, late)
+        except Exception as error:
+            self.fail(error)
+
+    def _judge(self, now: float, late: float) -> None:
+        if not self.protocol.greeted:
+            self._alarm_at = now + UNGREETED_SECONDS
+            self.reactor.at(self._alarm_at, self._look)
+            return
+        assert self.sock is not None
+        unsent = sockets.unsent(self.sock)
+        verdict = self._liveness.check(now, self.round_trip, unsent, late)
+        if verdict is Verdict.DEAD:
+            self.lose(f"no answer for {now - self.last_received:.0f} s")
+            return
+        if verdict is not Verdict.FINE:
             self.ping()
+        if verdict is Verdict.STALLED:
+            self.owner.stalled(self)
+        self._arm()
+
+    def woke(self, now: float) -> None:
+        """The machine or the process slept: ask anew whether the other end is there."""
+        self._liveness.woke(now)
+        self._arm()
 
     def close(self, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455 §7.1.2); its stream is told that the link is gone."""
@@ -465,6 +587,8 @@ class Link(Handler):
         self.reactor.drop(self)
         self.protocol.close_sent = True
         self._pending = None
+        if self.stream is not None:
+            self.stream.proof_after = self.last_received
         self._detach(reason)
         self.owner.lost(self, reason)
 

@@ -10,13 +10,17 @@ whole before the next one is collected, so every ready socket gets its turn. A t
 other Trio tasks; when it is up, the rest of the batch is kept and goes first in the next turn. A batch is keyed by
 handler and never by descriptor number, since other tasks close and open descriptors between turns.
 
+Alarms (`at`) are not part of a turn: a second task waits for the earliest, so that the wait of `run` needs no time-out.
+
 Everything here belongs to the thread that runs Trio.
 """
 
 from __future__ import annotations
 
 import errno
+import heapq
 import logging
+import math
 import os
 import select
 import time
@@ -100,8 +104,8 @@ class Handler:
 class Reactor(ABC):
     """Calls the handlers of many sockets from one Trio task. `make_reactor` picks the driver.
 
-    `adopt`, `want`, `again`, `later`, `drop` and `release` may be called from callbacks and from any Trio task; none of
-    them runs a callback before it returns. Sockets may be adopted before `run`; they are served once it runs.
+    `adopt`, `want`, `again`, `later`, `at`, `drop` and `release` may be called from callbacks and from any Trio task;
+    none of them runs a callback before it returns. Sockets may be adopted before `run`; they are served once it runs.
 
     Args:
         clock: seconds, for the length of a turn only.
@@ -125,6 +129,9 @@ class Reactor(ABC):
         self._later: list[Callable[[], None]] = []
         self._owed: set[Handler] = set()  # get their on_readable, asked for by `again`, once READ is wanted
         self._hung_up: set[Handler] = set()  # on_hangup was called since the mask became empty
+        self._alarms: list[tuple[float, int, Callable[[], None]]] = []  # a heap; numbers keep equal times in order
+        self._alarm_number = 0
+        self._nap: trio.CancelScope | None = None  # its deadline is the earliest alarm
         self._waiting = False
         self._started = False
         self._stopped = False
@@ -211,6 +218,26 @@ class Reactor(ABC):
         if self._waiting:
             self._wake()
 
+    def at(self, when: float, function: Callable[[], None]) -> None:
+        """Run `function` once when `trio.current_time()` is `when`, or a little later; outside of any turn.
+
+        Exact to Trio's timers, and in order of `when`; those of equal times in the order of the calls. It cannot be
+        cancelled: `function` looks whether it is still wanted, and is held until then. It never waits and is short; it
+        may call everything that a callback may, and callbacks of handlers as well. An exception from it is logged.
+        Before `run` it waits for it; after the reactor has stopped it is not run.
+
+        Raises:
+            ValueError: `when` is NaN.
+        """
+        if math.isnan(when):  # it has no place in a heap, and all that is behind it would never run
+            raise ValueError(f"no time to run {function!r} at: {when}")
+        if self._stopped:
+            return
+        self._alarm_number += 1
+        heapq.heappush(self._alarms, (when, self._alarm_number, function))
+        if self._nap is not None and when < self._nap.deadline:
+            self._nap.deadline = when
+
     def drop(self, handler: Handler) -> None:
         """Take `handler` off and close its socket at once; nothing is called for it any more. May be repeated."""
         if handler.fd >= 0:
@@ -271,6 +298,7 @@ class Reactor(ABC):
         self._rest = None
         self._batch.clear()
         self._later.clear()
+        self._alarms.clear()
 
     def _take(self, handler: Handler) -> socket.socket:
         fd, sock = handler.fd, handler.sock
@@ -359,6 +387,27 @@ class Reactor(ABC):
                 except Exception:
                     _logger.exception("%r, put off to the end of the turn, failed", function)
 
+    async def _run_alarms(self) -> None:
+        """Run what `at` was given, until cancelled. Beside `run`, in the same nursery."""
+        while True:
+            # Not an Event: to move the deadline of a scope costs less than to wake a task that only sleeps again.
+            with trio.CancelScope(deadline=self._alarms[0][0] if self._alarms else math.inf) as self._nap:
+                await trio.sleep_forever()
+            self._run_due()
+
+    def _run_due(self) -> None:
+        # What these add waits for the next pass, even if it is due: see `_run_later`. So does what exceeds a turn.
+        now, last = trio.current_time(), self._alarm_number
+        end = self._clock() + limits.TURN_SECONDS
+        while self._alarms and self._alarms[0][0] <= now and self._alarms[0][1] <= last:
+            function = heapq.heappop(self._alarms)[2]
+            try:
+                function()
+            except Exception:
+                _logger.exception("%r, put off to its time, failed", function)
+            if self._clock() >= end:
+                return
+
 
 class EpollReactor(Reactor):
     """One level-triggered epoll object, itself awaited by Trio when there is nothing to do. Linux.
@@ -370,29 +419,38 @@ class EpollReactor(Reactor):
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__(clock)
         self._epoll = select.epoll()
-        self._alarm = -1
+        self._bell = -1
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._start()
         try:
             # An eventfd is the cheapest way out of the wait: a cancel scope costs something for every wait, this only
             # for those that are ended by it. Edge-triggered, so nobody has to read it.
-            self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._epoll.register(self._alarm, READ | _EDGE)
-            task_status.started()
-            while True:
-                if self._busy:
-                    await trio.lowlevel.checkpoint()
-                else:
-                    self._waiting = True
-                    await trio.lowlevel.wait_readable(self._epoll.fileno())
-                    self._waiting = False
-                self._turn()
-        finally:
+            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._epoll.register(self._bell, READ | _EDGE)
+        except BaseException:
             self._stop()
-            self._epoll.close()
-            if self._alarm >= 0:
-                os.close(self._alarm)
+            raise
+        async with trio.open_nursery() as nursery:
+            try:
+                nursery.start_soon(self._run_alarms)
+                task_status.started()
+                while True:
+                    if self._busy:
+                        await trio.lowlevel.checkpoint()
+                    else:
+                        self._waiting = True
+                        await trio.lowlevel.wait_readable(self._epoll.fileno())
+                        self._waiting = False
+                    self._turn()
+            finally:
+                self._stop()  # here and not behind the nursery, whose end is another pass through Trio
+
+    def _stop(self) -> None:
+        super()._stop()
+        self._epoll.close()
+        if self._bell >= 0:
+            os.close(self._bell)
 
     def _watch(self, handler: Handler) -> None:
         self._epoll.register(handler.fd, handler.mask or _EDGE)
@@ -411,12 +469,12 @@ class EpollReactor(Reactor):
         handlers = self._handlers
         for fd, events in self._epoll.poll(0):
             handler = handlers.get(fd)
-            if handler is not None:  # None is the alarm
+            if handler is not None:  # None is the bell
                 batch[handler] = batch.get(handler, 0) | events
 
     def _wake(self) -> None:
         self._waiting = False  # once is enough
-        os.eventfd_write(self._alarm, 1)
+        os.eventfd_write(self._bell, 1)
 
 
 class TaskReactor(Reactor):
@@ -440,6 +498,7 @@ class TaskReactor(Reactor):
         async with trio.open_nursery() as self._nursery:
             try:
                 self._watch_all()
+                self._nursery.start_soon(self._run_alarms)
                 task_status.started()
                 while True:
                     if self._busy:

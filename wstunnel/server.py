@@ -20,6 +20,7 @@ from wstunnel.dial import dial_target, is_local_address
 from wstunnel.endpoints import tcp
 from wstunnel.errors import HandshakeError, LocalError, ProtocolError, StreamError, UsageError
 from wstunnel.link import Link
+from wstunnel.liveness import Sleep, boottime
 from wstunnel.policy import Policy
 from wstunnel.reactor import Reactor, make_reactor
 from wstunnel.session import Principal, Session
@@ -29,8 +30,23 @@ from wstunnel.transport import Transport
 from wstunnel.wire import handshake
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.http1 import RequestReader
-from wstunnel.wire.messages import FEATURES, SUBPROTOCOL, VERSION, AnyMessage, Bye, Hello, Open, Welcome
+from wstunnel.wire.messages import (
+    FEATURES,
+    SUBPROTOCOL,
+    VERSION,
+    AnyMessage,
+    Bye,
+    Detached,
+    Drain,
+    Gone,
+    Hello,
+    Open,
+    Resume,
+    Welcome,
+)
 from wstunnel.wire.protocol import LinkProtocol
+from wstunnel.wire.states import Exchange
+from wstunnel.wire.tombstones import FINISHED, UNKNOWN, Crowd, Tombstone
 
 if TYPE_CHECKING:
     from wstunnel.stream import Stream
@@ -40,18 +56,48 @@ _log = logs.logger("server")
 RESOLVER_THREADS = 8
 """Names that one principal resolves at once: slow names of one user must not stop the others."""
 KEEPALIVE_ADVICE = int(limits.PING_AFTER_SECONDS)
+DETACHED_IDS = 512
+"""Ids in one `detached`: the most that the message may have."""
 
 
 class ServerSession(Session):
-    """One client's links and streams. Ends with its last link."""
+    """One client's links and streams. Ends with its last link and its last stream.
 
-    def __init__(self, session_id: str, principal: Principal, server: Server) -> None:
+    Args:
+        session_id: the client's.
+        principal: whose.
+        server: where it is registered.
+        hello: of its first link.
+    """
+
+    def __init__(self, session_id: str, principal: Principal, server: Server, hello: Hello) -> None:
         super().__init__(session_id, principal, server.reactor, _log)
         self._server = server
+        self._features = frozenset(hello.features) & frozenset(FEATURES)
+        self._control: Link | None = None
+        self._untold: dict[Stream, None] = {}  # detached, and the client does not know yet
+        if "resume" in self._features:
+            self.resume_window = float(min(hello.resume_window, server.max_resume_window))
+
+    def welcomed(self, link: Link) -> None:
+        """The link has joined. A control link learns at once which streams have lost theirs."""
+        if link.protocol.role == "control":
+            self._control = link
+            self._untold = dict.fromkeys(self._detached)
+            self._tell_detached()
+
+    def drain(self) -> None:
+        """Tell the client that the server is going."""
+        if self._control is not None and "drain" in self._features:
+            self._control.send(Drain(deadline=int(limits.LINGER_SECONDS)))
 
     def message(self, link: Link, message: AnyMessage) -> None:
         if isinstance(message, Open):
             self._accept(link, message)
+        elif isinstance(message, Resume):
+            self._resume(link, message)
+        elif isinstance(message, Gone):
+            self._unknown_to_client(message)
         elif isinstance(message, Bye):
             self._server.reactor.later(partial(self.close, 1000, "the client said goodbye"))
         else:
@@ -59,13 +105,80 @@ class ServerSession(Session):
 
     def lost(self, link: Link, reason: str) -> None:
         super().lost(link, reason)
-        if not self.links:
+        if link is self._control:
+            self._control = None
+        self._check_over()
+
+    def _check_over(self) -> None:
+        if not self.links and not self.streams:
             self._server.forget(self)
+
+    def close(self, code: int, reason: str) -> None:
+        super().close(code, reason)
+        self._check_over()
+
+    def sweep(self, now: float) -> None:
+        super().sweep(now)
+        self._tell_detached()
+
+    # --- streams that lost their link ---------------------------------------------------------------------------------
+
+    def stream_detached(self, stream: Stream) -> bool:
+        kept = super().stream_detached(stream)
+        if kept:
+            if not self._untold:
+                self.reactor.later(self._tell_detached)
+            self._untold[stream] = None
+        return kept
+
+    def _tell_detached(self) -> None:
+        """The server cannot dial: it says which streams wait. One message at a time: a link's queue is short."""
+        control = self._control
+        if not self._untold or control is None or control.blocked or control.protocol.state is not Exchange.IDLE:
+            return
+        waiting = [stream for stream in self._untold if stream.link is None and stream.outcome is None]
+        self._untold = dict.fromkeys(waiting[DETACHED_IDS:])
+        if waiting:
+            control.send(Detached(streams=[stream.state.id for stream in waiting[:DETACHED_IDS]]))
+
+    def _resume(self, link: Link, message: Resume) -> None:
+        """The client goes on with a stream on this link: detach first, then compare, all in this call."""
+        tombstones = self.principal.tombstones
+        tombstones.forget(link.last_id)
+        link.last_id = None
+        stream = self.streams.get(message.stream)
+        if stream is None:
+            stone = tombstones.find(message.stream)
+            if stone is None:
+                # An `open` of it that is still held back somewhere must not dial any more.
+                stone = UNKNOWN
+                tombstones.add(message.stream, stone, self.reactor.now)
+            link.protocol.gone(stone)
+        elif message.epoch <= stream.state.epoch:
+            link.protocol.gone(Tombstone("stale"))
+        else:
+            if stream.link is not None:
+                stream.link.give_up_stream("its stream goes on on another link")
+            if stream.reason is not None:
+                stream.abandon(*stream.reason)
+            else:
+                try:
+                    link.resumed(stream, message)
+                except StreamError as error:
+                    stream.abandon(error.code, str(error))
+            if stream.outcome is not None:
+                link.protocol.gone(_stone(stream.outcome))
+
+    def _unknown_to_client(self, message: Gone) -> None:
+        stream = self.streams.get(message.stream or "")
+        if stream is not None and stream.link is None:
+            stream.gone("finished", "", "")
 
     def _accept(self, link: Link, message: Open) -> None:
         """A client asks for a stream. The stream is registered in this call: early data may follow in the same read."""
         tombstones = self.principal.tombstones
         tombstones.forget(link.last_id)
+        link.last_id = None
         if message.stream in self.streams:
             raise ProtocolError("open repeats the id of a live stream")
         full = self.principal.streams >= self._server.share(limits.PRINCIPAL_STREAMS)
@@ -103,7 +216,16 @@ class ServerSession(Session):
 
     def stream_ended(self, stream: Stream) -> None:
         super().stream_ended(stream)
-        self.principal.tombstones.add(stream.state.id, self.reactor.now)
+        self._untold.pop(stream, None)
+        assert stream.outcome is not None
+        self.principal.tombstones.add(stream.state.id, _stone(stream.outcome), self.reactor.now)
+        if not self.links:
+            self.reactor.later(self._check_over)
+
+
+def _stone(outcome: tuple[str, str]) -> Tombstone:
+    code, message = outcome
+    return FINISHED if code == "finished" else Tombstone("reset", code, message)
 
 
 class Server:
@@ -134,12 +256,14 @@ class Server:
         self.policy = Policy(config.allow, own_sockets=own, is_local=is_local_address)
         self.users = Users(config.state_dir)
         self.gone = trio.Event()
+        self.max_resume_window = config.max_resume_window
         self._config = config
         self._context = context
         self._descriptors = descriptors
         self._id = secrets.token_urlsafe(16)
         self._boot = secrets.token_urlsafe(16)
         self._budget = Budget(limits.PROCESS_BYTES)
+        self._crowd = Crowd()
         self._principals: dict[str, Principal] = {}
         self._limiters: dict[str, trio.CapacityLimiter] = {}
         self._sessions: dict[tuple[str, str], ServerSession] = {}
@@ -248,11 +372,17 @@ class Server:
             raise ProtocolError("reverse links are not offered", 1008)
         principal = self._principals.get(name)
         if principal is None:
-            principal = Principal(name, self._budget, self._principals)
+            principal = Principal(
+                name,
+                self._budget,
+                self._principals,
+                remember=max(self.max_resume_window, limits.RESUME_WINDOW_SECONDS),
+                crowd=self._crowd,
+            )
         session = self._sessions.get((name, message.session))
         known = session is not None
         if session is None:
-            session = self._sessions[name, message.session] = ServerSession(message.session, principal, self)
+            session = self._sessions[name, message.session] = ServerSession(message.session, principal, self, message)
             _log.info(
                 "client connected",
                 principal=name,
@@ -262,21 +392,35 @@ class Server:
             )
         del self._greeting[link]
         session.adopt_link(link)
-        link.protocol.send(self._welcome(known=known))
+        link.protocol.send(self._welcome(known=known, resume_window=int(session.resume_window)))
+        session.welcomed(link)
+        if message.role == "control":
+            self._displace(session)
         link.ping()  # its round trip is wanted for the windows
 
-    def _welcome(self, *, known: bool) -> Welcome:
+    def _displace(self, session: ServerSession) -> None:
+        """A client that was killed cannot say goodbye: what it left ends when its user is back with another one."""
+        for other in list(session.principal.sessions):
+            if other is not session and not other.links:
+                _log.info("session displaced by the user's next one", **other.describe())
+                other.close(1000, "the user's next session has begun")
+
+    def _welcome(self, *, known: bool, resume_window: int = 0) -> Welcome:
         return Welcome(
             version=VERSION,
             server=self._id,
             boot=self._boot,
             known=known,
+            resume_window=resume_window,
             keepalive=KEEPALIVE_ADVICE,
             features=list(FEATURES),
         )
 
     def idle(self, link: Link) -> None:
         """Never: a link without a session carries nothing."""
+
+    def stalled(self, link: Link) -> None:
+        """Never: a link is not asked before it was greeted."""
 
     def lost(self, link: Link, reason: str) -> None:
         """A link went before it said hello."""
@@ -294,11 +438,13 @@ class Server:
         return limiter
 
     def forget(self, session: ServerSession) -> None:
-        """The session's last link is gone."""
+        """The session has neither links nor streams any more."""
+        if self._sessions.pop((session.principal.name, session.id), None) is None:
+            return
         session.leave()
-        principal = session.principal
-        del self._sessions[principal.name, session.id]
-        _log.info("client gone", principal=principal.name, session=logs.hash_id(session.id))
+        _log.info(
+            "client gone", **session.describe(), cuts=session.outages.cuts, resumptions=session.outages.resumptions
+        )
         self._check_gone()
 
     def _check_gone(self) -> None:
@@ -307,9 +453,13 @@ class Server:
 
     async def sweep_forever(self) -> None:
         """Once a second, every session and every link."""
+        sleep = Sleep(trio.current_time(), boottime())
         while True:
             await trio.sleep(limits.SWEEP_SECONDS)
             now = self.reactor.now
+            if sleep.slept(now, boottime()):
+                for session in self._sessions.values():
+                    session.woke(now)
             for link in list(self._greeting):
                 link.sweep(now)
             for session in list(self._sessions.values()):
@@ -325,6 +475,7 @@ class Server:
         for link in list(self._greeting):
             link.close(1001, "the server is stopping")
         for session in list(self._sessions.values()):
+            session.drain()
             session.close(1001, "the server is stopping")
         self._check_gone()
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from wstunnel import limits, logs
 from wstunnel.errors import ProtocolError
+from wstunnel.outages import Outages
 from wstunnel.stream import Stream
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.protocol import StreamState
 from wstunnel.wire.states import Half
-from wstunnel.wire.tombstones import Tombstones
+from wstunnel.wire.tombstones import Crowd, Tombstones
 
 if TYPE_CHECKING:
     from wstunnel.link import Link
@@ -30,17 +31,28 @@ class Principal:
         name: the user's name.
         process: the budget of the whole process.
         everyone: all principals of the process, this one among them.
+        remember: seconds for which ids of streams that ended are remembered.
+        crowd: counts the tombstones of all principals.
     """
 
-    def __init__(self, name: str, process: Budget, everyone: dict[str, Principal]) -> None:
+    def __init__(
+        self,
+        name: str,
+        process: Budget,
+        everyone: dict[str, Principal],
+        *,
+        remember: float = limits.MAX_RESUME_WINDOW_SECONDS,
+        crowd: Crowd | None = None,
+    ) -> None:
         self.name = name
         self.budget = Budget(limits.PRINCIPAL_BYTES, process)
         self.everyone = everyone
         everyone[name] = self
         self.sessions: set[Session] = set()
-        self.tombstones = Tombstones()
+        self.tombstones = Tombstones(remember, crowd=crowd)
         self.links = 0
         self.streams = 0
+        self.detached = 0
 
 
 class Session:
@@ -55,11 +67,15 @@ class Session:
         log: of the role.
 
     Attributes:
+        resumes: see `StreamOwner`.
+        resume_window: seconds for which a stream without a link is kept; 0 until both ends agreed on one.
+        outages: what became of the streams that lost their links.
         window: first window of its streams, in bytes. The protocol fixes it; tests make it small.
         streams: by id, from their first message until both ends are done with them.
         links: all links, whatever they carry.
     """
 
+    resumes = False
     window = limits.WINDOW_FIRST
 
     def __init__(self, session_id: str, principal: Principal, reactor: Reactor, log: logs.Log) -> None:
@@ -70,6 +86,11 @@ class Session:
         self.log = log
         self.streams: dict[str, Stream] = {}
         self.links: set[Link] = set()
+        self.resume_window = 0.0
+        self.outages = Outages()
+        self._detached: dict[Stream, float] = {}  # and since when; also while `resume` is not answered
+        self._closing = False
+        self._reporting = False
         self._moved: dict[Stream, None] = {}  # in order, so that a run can be repeated
         self._starved: dict[Stream, None] = {}
         self._half_closed: dict[Stream, tuple[int, float]] = {}
@@ -91,6 +112,9 @@ class Session:
 
     def idle(self, link: Link) -> None:
         """The link may carry another stream."""
+
+    def stalled(self, link: Link) -> None:
+        """A link may be dead. Nothing to do here: who dials can do something."""
 
     def lost(self, link: Link, reason: str) -> None:
         """The link's connection is gone."""
@@ -127,6 +151,8 @@ class Session:
         self._starved.pop(stream, None)
         self._half_closed.pop(stream, None)
         code, message = stream.outcome or ("internal", "")
+        if self._attached(stream) and code in ("lost", "limit"):
+            self.outages.lost()
         inbound = stream.inbound.received - (stream.inbound.total is not None)
         fields: dict[str, object] = {
             "stream": logs.hash_id(stream.state.id), "target": stream.target,
@@ -173,6 +199,83 @@ class Session:
             largest.reset("limit", "too much memory is held: the largest stream is reset")
             largest.state.discard()
 
+    # --- streams without a link -------------------------------------------------------------------------------------
+
+    def stream_detached(self, stream: Stream) -> bool:
+        if self._closing or not self.resume_window:
+            return False
+        if stream not in self._detached:
+            self._detached[stream] = self.reactor.now
+            self.principal.detached += 1
+            self.outages.cut(self.reactor.now)
+            self._report()
+            # Not now: whoever calls is in the middle of a link's end.
+            if self.principal.detached > limits.PRINCIPAL_DETACHED or self._all_detached() > limits.DETACHED:
+                self.reactor.later(self._thin_out)
+        return True
+
+    def stream_resumed(self, stream: Stream) -> None:
+        if self._attached(stream):
+            self.outages.resumed(stream.state.replayed)
+
+    def stream_unknown(self, stream: Stream) -> bool:
+        """Here: it ends."""
+        return False
+
+    def _attached(self, stream: Stream) -> bool:
+        """The stream waits for a link no more. Returns whether it did."""
+        if self._detached.pop(stream, None) is None:
+            return False
+        self.principal.detached -= 1
+        self._report()
+        return True
+
+    def _report(self) -> None:
+        """Say at the end of the turn what happened in it, once for all streams."""
+        if not self._reporting:
+            self._reporting = True
+            self.reactor.later(self._say)
+
+    def _say(self) -> None:
+        self._reporting = False
+        outages = self.outages
+        line = outages.report(len(self._detached), self.reactor.now)
+        if line is not None:
+            say = self.log.info if outages.over else self.log.warning
+            say(
+                line,
+                **self.describe(),
+                cuts=outages.cuts, resumptions=outages.resumptions, replayed=outages.replayed,
+            )  # fmt: skip
+
+    def describe(self) -> dict[str, object]:
+        """Fields for a log line about the session."""
+        return {"principal": self.principal.name, "session": self._name}
+
+    def _all_detached(self) -> int:
+        return sum(principal.detached for principal in self.principal.everyone.values())
+
+    def _thin_out(self) -> None:
+        """Too many streams without a link: those that have waited longest go, of the principal or of all."""
+        while True:
+            if self.principal.detached > limits.PRINCIPAL_DETACHED:
+                principals = [self.principal]
+            elif self._all_detached() > limits.DETACHED:
+                principals = list(self.principal.everyone.values())
+            else:
+                return
+            sessions = [session for one in principals for session in one.sessions if session._detached]
+            oldest = min(sessions, key=lambda session: next(iter(session._detached.values())))
+            stream = next(iter(oldest._detached))
+            self.log.warning("too many streams without a link: the oldest is reset", target=stream.target)
+            stream.abandon("limit", "too many streams without a link: the oldest is reset")
+
+    def woke(self, now: float) -> None:
+        """The machine or the process slept: no window ran meanwhile."""
+        self._detached = dict.fromkeys(self._detached, now)
+        for link in list(self.links):
+            link.woke(now)
+
     # --- time ---------------------------------------------------------------------------------------------------------
 
     def sweep(self, now: float) -> None:
@@ -182,6 +285,11 @@ class Session:
             if stream.link is not None and stream.outcome is None:
                 stream.state.ack_wanted = True
                 _guarded(stream.link, stream.link.flush)
+        while self._detached:
+            stream, since = next(iter(self._detached.items()))
+            if now - since < self.resume_window:
+                break
+            stream.abandon("lost", f"no link for {self.resume_window:.0f} s")
         starved, self._starved = self._starved, {}
         for stream in starved:
             stream.refresh()
@@ -210,8 +318,12 @@ class Session:
 
     def close(self, code: int, reason: str) -> None:
         """End everything: streams are reset, links get a close frame. Sockets are gone when the links are."""
+        self._closing = True
         for stream in list(self.streams.values()):
-            stream.reset("shutdown", reason)
+            if stream.link is None:
+                stream.abandon("shutdown", reason)
+            else:
+                stream.reset("shutdown", reason)
         for link in list(self.links):
             link.close(code, reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from typing import TYPE_CHECKING, Protocol
@@ -25,9 +26,14 @@ _log = logs.logger("stream")
 
 
 class StreamOwner(Protocol):
-    """The session."""
+    """The session.
+
+    `resumes`: this end resumes streams. So a reset of a stream without a link waits for one, to be told; the other end
+    ends the stream, and tells whoever asks for it.
+    """
 
     reactor: Reactor
+    resumes: bool
 
     def stream_opened(self, stream: Stream) -> None:
         """The target was reached."""
@@ -44,6 +50,15 @@ class StreamOwner(Protocol):
     def stream_held(self) -> None:
         """Bytes were stored: the budgets may be exhausted."""
 
+    def stream_detached(self, stream: Stream) -> bool:
+        """The stream's link is gone. True: it is kept, and goes on on another link; False: it ends here."""
+
+    def stream_resumed(self, stream: Stream) -> None:
+        """It goes on on a new link."""
+
+    def stream_unknown(self, stream: Stream) -> bool:
+        """The peer knows nothing of the stream. True: it will be opened afresh; False: it ends here."""
+
 
 class Stream(Handler):
     """A stream: `state` holds its offsets, `sock` its local socket (None while dialling, and once closed).
@@ -58,14 +73,16 @@ class Stream(Handler):
     Attributes:
         outcome: None while it lives, then (code, message); code `finished` for a clean end.
         address: what the egress dialled.
+        boot: at the client: of the server that was asked to open it.
+        proof_after: goes on only on a link that received something later than this: its last one fell silent then.
         application: at the egress, the application's address as the peer claims it.
         note: at the egress, why the policy forbade the target, for the log only.
         dialling: the cancel scope of the dial under way at the egress.
     """
 
     __slots__ = (
-        "_read_done", "_write_failed", "address", "application", "created", "dialling", "inbound", "link",
-        "note", "outbound", "outcome", "owner", "peer", "reason", "state", "target",
+        "_announced", "_read_done", "_write_failed", "address", "application", "boot", "created", "dialling", "inbound",
+        "link", "note", "outbound", "outcome", "owner", "peer", "proof_after", "reason", "state", "target",
     )  # fmt: skip
 
     def __init__(self, state: StreamState, owner: StreamOwner, *, target: str, peer: str, now: float) -> None:
@@ -79,6 +96,8 @@ class Stream(Handler):
         self.address = ""
         self.application = ""
         self.note = ""
+        self.boot = ""
+        self.proof_after = -math.inf
         self.created = now
         self.link: Link | None = None
         self.outcome: tuple[str, str] | None = None
@@ -86,6 +105,7 @@ class Stream(Handler):
         self.dialling: trio.CancelScope | None = None
         self._read_done = False
         self._write_failed = False
+        self._announced = False
 
     # --- the local socket ---------------------------------------------------------------------------------------------
 
@@ -108,18 +128,26 @@ class Stream(Handler):
         """Egress: the dial succeeded."""
         self.dialling = None
         self.address = address
-        if self.link is not None and self.reason is None:
-            self.link.opened(address)
+        if self.outcome is None and self.reason is None:
+            self._announced = True
+            if self.link is None:
+                self.state.opened = True  # the peer learns of it when it resumes
+            else:
+                self.link.opened(address)
             self.owner.stream_opened(self)
         self.start(reactor, sock)
         if self.link is not None:
             self.link.flush()
 
+    def dialled(self) -> str | None:
+        """At the egress, once the target was reached: its address."""
+        return self.address if self.state.egress and self.state.opened else None
+
     def on_readable(self) -> None:
         outbound = self.outbound
         room = outbound.room()
         link = self.link
-        if room <= 0 or link is None or self._read_done:
+        if room <= 0 or self._read_done:
             self.refresh()
             return
         scratch = self.reactor.scratch
@@ -136,7 +164,7 @@ class Stream(Handler):
         else:
             outbound.end()
             self._read_done = True
-        if link.blocked:
+        if link is None or link.blocked:
             self.refresh()
         else:
             link.flush()
@@ -169,7 +197,8 @@ class Stream(Handler):
             return
         mask = 0
         outbound = self.outbound
-        if not self._read_done and self.link is not None and outbound.queued() < limits.LINK_QUEUE_BYTES:
+        # Without a link reading goes on up to the peer's limit.
+        if not self._read_done and (self.link is None or outbound.queued() < limits.LINK_QUEUE_BYTES):
             if outbound.room() > 0:
                 mask = READ
             elif outbound.limit > outbound.replay.end:
@@ -278,6 +307,7 @@ class Stream(Handler):
     def opened(self, address: str) -> None:
         """Ingress: the egress reached the target."""
         self.address = address
+        self._announced = True
         self.owner.stream_opened(self)
 
     def ended(self) -> None:
@@ -300,7 +330,10 @@ class Stream(Handler):
             inbound.taken(len(inbound.inbox))
         link = self.link
         if link is None:
-            self._over(code, message)
+            if self.owner.resumes:
+                self.state.reset_wanted = (code, message)
+            else:
+                self._over(code, message)
         elif self.state.resettable():
             self.state.reset_wanted = (code, message)
             link.flush()
@@ -314,11 +347,52 @@ class Stream(Handler):
         self._close_local(reset=True)
 
     def link_lost(self, reason: str) -> None:
-        """The link is gone, and the stream with it."""
+        """The link is gone. The stream waits for another, if its owner keeps it; else it ends."""
+        self.state.link_lost()
+        if self.outcome is not None:
+            return
+        if not self.owner.stream_detached(self):
+            self.abandon("lost", reason)
+        elif self.reason is not None and not self.owner.resumes:
+            self._over(*self.reason)
+        else:
+            self.refresh()
+
+    def abandon(self, code: str, message: str) -> None:
+        """End now, whatever the peer knows: the local socket is reset, a link that the stream is on is given up."""
+        if self.link is not None:
+            self.link.give_up_stream(message)
         if self.reason is None:
-            self.reason = ("lost", reason)
+            self.reason = (code, message)
         self._close_local(reset=True)
         self._over(*self.reason)
+
+    def resumed(self, address: str | None) -> None:
+        """The stream goes on on its new link, with the next flush. `address`: what the egress dialled, if it did."""
+        if self.state.opened and not self._announced:
+            self.opened(address or "")
+        if self.reason is None and self.state.reset_wanted is not None:
+            self.reset(*self.state.reset_wanted)  # the offsets could not be
+        self.owner.stream_resumed(self)
+
+    def gone(self, outcome: str, code: str, message: str) -> None:
+        """The peer's answer to `resume`: the stream cannot go on. It has no link any more."""
+        if self.reason is not None:
+            self._over(*self.reason)  # all that we wanted was to say so
+        elif outcome == "finished" and self._clean_here():
+            self._over("finished", "")  # only the last ack lacked
+        elif outcome == "reset":
+            self.was_reset(code, message)
+            self._over(code, message)
+        elif outcome == "stale" and self.owner.stream_detached(self):
+            pass  # an answer to an older `resume`: asked again with a higher epoch
+        elif outcome != "unknown" or not self.owner.stream_unknown(self):
+            self.abandon("lost", "the peer does not know the stream any more")
+
+    def _clean_here(self) -> bool:
+        """Whether our EOF was sent and the peer's was delivered."""
+        outbound, inbound = self.outbound, self.inbound
+        return outbound.total is not None and inbound.total is not None and inbound.consumed > inbound.total
 
     def finished(self) -> None:
         """The exchange on the link is over: cleanly unless there was a reset."""
@@ -328,13 +402,7 @@ class Stream(Handler):
             self._over("finished", "")
 
     def _clean(self) -> bool:
-        outbound, inbound = self.outbound, self.inbound
-        return (
-            outbound.total is not None
-            and inbound.total is not None
-            and inbound.consumed > inbound.total
-            and not len(outbound.replay)
-        )
+        return self._clean_here() and not len(self.outbound.replay)
 
     def _over(self, code: str, message: str) -> None:
         if self.outcome is not None:

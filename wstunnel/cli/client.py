@@ -61,6 +61,13 @@ def _parse_forward(text: str) -> tuple[Forward, ...]:
     metavar="N",
     help="Connections kept ready, so that a new stream costs one round trip.",
 )
+@click.option(
+    "--resume-window",
+    type=options.DURATION,
+    default=f"{limits.RESUME_WINDOW_SECONDS // 60}m",
+    show_default=True,
+    help="How long a stream whose connection broke is kept; 0 not at all. The server may grant less.",
+)
 @click.option("--exit-on-forward-failure", is_flag=True, help="Exit when a forward cannot listen.")
 @options.logging
 @click.pass_context
@@ -73,6 +80,7 @@ def client(
     ca: Path | None,
     pins: tuple[bytes, ...],
     idle_links: int,
+    resume_window: int,
     exit_on_forward_failure: bool,
     log_format: Literal["text", "json"],
 ) -> int:
@@ -102,6 +110,7 @@ def client(
         ca=ca,
         pins=pins,
         idle_links=idle_links,
+        resume_window=resume_window,
         exit_on_forward_failure=exit_on_forward_failure,
     )
     return running.run(partial(run, config), {signal.SIGTERM: 0, signal.SIGINT: 130})

@@ -17,6 +17,9 @@ T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 BIND_GRAMMAR = "an IP address such as 127.0.0.1 or ::1"
+DURATION_GRAMMAR = "seconds, or a number with s, m, h or d, such as 90, 5m or 1h30m"
+DURATION_SECONDS_MAX = 7 * 86400
+"""Longest time that a flag takes: a week. A stream that waits longer waits for nobody."""
 PATH_GRAMMAR = "an absolute path such as / or /tunnel, without spaces, '?' or '#'"
 
 
@@ -72,6 +75,28 @@ def parse_path(text: str) -> str:
     return text
 
 
+def parse_duration(text: str) -> int:
+    """A time in whole seconds, 0 to a week, as systemd and Go write it: `300`, `5m`, `1h30m`.
+
+    Raises:
+        UsageError: not such a time.
+    """
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    total, position = 0, 0
+    for part in re.finditer(r"(\d{1,9})([smhd]?)", text, re.ASCII):
+        if part.start() != position:
+            break
+        position = part.end()
+        total += int(part[1]) * units[part[2]]
+        if not part[2]:
+            break
+    if position != len(text) or not text:
+        raise UsageError("not a time", text=text, position=position, grammar=DURATION_GRAMMAR)
+    if total > DURATION_SECONDS_MAX:
+        raise UsageError("longer than a week", text=text, position=0, grammar=DURATION_GRAMMAR)
+    return total
+
+
 def _parse_pin(text: str) -> bytes:
     from wstunnel.auth import parse_pin
 
@@ -83,6 +108,7 @@ FILE = click.Path(readable=False, path_type=Path)
 DIRECTORY = click.Path(readable=False, path_type=Path)
 BIND = Parsed("ADDR", parse_bind)
 PATH = Parsed("PATH", parse_path)
+DURATION = Parsed("TIME", parse_duration)
 PIN = Parsed("SHA256", _parse_pin)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from wstunnel import limits
 from wstunnel.cli import options, reports
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ def _parse_rule(text: str) -> Rule:
     help="What clients may open: [tcp:]HOST|CIDR|*:PORT|LOW-HIGH|*. May be repeated; the first one replaces the"
     " default, which is everything but link-local, multicast and cloud metadata addresses.",
 )
+@click.option(
+    "--max-resume-window",
+    type=options.DURATION,
+    default=f"{limits.MAX_RESUME_WINDOW_SECONDS // 3600}h",
+    show_default=True,
+    help="How long at most a stream whose connection broke is kept for its client; 0 not at all.",
+)
 @options.state_dir
 @options.logging
 @click.pass_context
@@ -73,6 +81,7 @@ def server(
     cert: Path | None,
     key: Path | None,
     allow: tuple[Rule, ...],
+    max_resume_window: int,
     state_dir: Path | None,
     log_format: Literal["text", "json"],
 ) -> int:
@@ -100,6 +109,7 @@ def server(
         cert=cert,
         key=key,
         allow=allow,
+        max_resume_window=max_resume_window,
         state_dir=state_directory(state_dir, os.environ),
     )
     return running.run(partial(run, config), {signal.SIGTERM: 0, signal.SIGINT: 0})

@@ -80,6 +80,13 @@ class ReceiveWindow:
         """Whether an ack is worth a message: a quarter of the window last sent was consumed since."""
         return 4 * (consumed - self.acked) >= self.limit - self.acked
 
+    def restate(self, consumed: int) -> int:
+        """The limit to send along with `consumed` when the stream moves to another link."""
+        self._mark, self._mark_time = consumed, float("-inf")
+        self.acked = consumed
+        self.limit = max(self.limit, consumed + self.size)
+        return self.limit
+
     def grant(self, consumed: int, now: float, round_trip: float, budget: Budget) -> int:
         """The limit to send with an ack of `consumed`.
 

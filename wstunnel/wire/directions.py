@@ -6,7 +6,7 @@ total + 1 says that the end was delivered.
 
 from __future__ import annotations
 
-from wstunnel.errors import ProtocolError
+from wstunnel.errors import ProtocolError, StreamError
 from wstunnel.limits import SEND_MAX, WINDOW_FIRST
 from wstunnel.wire.buffer import OffsetBuffer
 from wstunnel.wire.credit import Budget, ReceiveWindow
@@ -96,6 +96,40 @@ class Outbound:
             self.budget.charge(self.replay.start - released)
             self.replay.release(released)
 
+    def link_lost(self) -> None:
+        """The link is gone: what was on it may not have arrived."""
+        self.state = HALF[self.state, HalfEvent.EOF_LOST]
+
+    def resume(self, received: int, consumed: int, limit: int) -> int:
+        """Go on behind what the peer has, on another link.
+
+        Args:
+            received: bytes in order in the peer's hands, + 1 after EOF.
+            consumed, limit: as in an `ack`.
+
+        Returns:
+            how many bytes go onto a link for the second time.
+
+        Raises:
+            StreamError: these offsets cannot be; the stream has to be reset. Nothing has changed.
+        """
+        end = self.replay.end if self.total is None else self.total + 1
+        base = end if self.state is Half.DONE else self.replay.start
+        if not base <= consumed <= received <= end or limit < self.limit:
+            raise StreamError(
+                "lost", f"cannot go on from {received} ({consumed} consumed, limit {limit}): {base} to {end} are held"
+            )
+        before = self.cursor
+        self.cursor = min(received, self.replay.end)
+        if self.state is Half.OPEN and received > self.cursor:
+            self.state = HALF[self.state, HalfEvent.EOF]
+        self.acknowledge(consumed, limit)
+        return max(before - self.cursor, 0)
+
+    def restart(self) -> None:
+        """Send everything again, as a stream of another id: the peer never answered."""
+        self.cursor = self.replay.start
+
     def discard(self) -> None:
         """Forget the bytes held: the stream is reset. Acks of what is on the link may still come; no EOF goes out."""
         self.discarded = True
@@ -114,13 +148,14 @@ class Inbound:
         state: `Half.ENDED` once the peer's `eof` came, `Half.DONE` once the ack that covers it is on the link.
     """
 
-    __slots__ = ("budget", "consumed", "inbox", "received", "state", "total", "window")
+    __slots__ = ("budget", "consumed", "inbox", "received", "restated", "state", "total", "window")
 
     def __init__(self, budget: Budget, window: int = WINDOW_FIRST) -> None:
         self.budget = budget
         self.inbox = OffsetBuffer()
         self.received = 0
         self.consumed = 0
+        self.restated = 0  # `consumed` of the last `resume` or `resumed`
         self.total: int | None = None
         self.state = Half.OPEN
         self.window = ReceiveWindow(window)
@@ -195,6 +230,20 @@ class Inbound:
         if self.state is Half.ENDED and self.total is not None and self.consumed > self.total:
             self.state = HALF[self.state, HalfEvent.EOF_ACK]
         return self.consumed, limit
+
+    def link_lost(self) -> None:
+        """The link is gone: the last ack may not have arrived."""
+        self.state = HALF[self.state, HalfEvent.ACK_LOST]
+
+    def restate(self) -> tuple[int, int, int]:
+        """`received`, `consumed` and `limit` for `resume` or `resumed`: earlier messages that said so may be lost."""
+        self.restated = self.consumed
+        return self.received, self.consumed, self.window.restate(self.consumed)
+
+    def confirmed(self) -> None:
+        """What was restated is as good as an ack on the link: the peer has it, or it goes ahead of everything else."""
+        if self.state is Half.ENDED and self.total is not None and self.restated > self.total:
+            self.state = HALF[self.state, HalfEvent.EOF_ACK]
 
     def discard(self) -> None:
         """Forget the bytes held: the stream was reset."""

@@ -20,8 +20,8 @@ from wstunnel.limits import MESSAGE_BRACKETS, MESSAGE_BYTES, NUMBER_MAX
 SUBPROTOCOL = "wstunnel.1"
 VERSION = 1
 
-FEATURES: tuple[str, ...] = ()
-"""What this version can do beyond what every `wstunnel.1` peer can. Later: `resume`, `reverse`, `drain`."""
+FEATURES: tuple[str, ...] = ("resume", "drain")
+"""What this version can do beyond what every `wstunnel.1` peer can. Later: `reverse`."""
 
 Number = Annotated[int, Meta(ge=0, le=NUMBER_MAX)]
 Count = Annotated[int, Meta(ge=1, le=NUMBER_MAX)]
@@ -40,12 +40,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=s
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """Client, first message on every link."""
+    """Client, first message on every link. `resume_window` is in seconds: what the client would like."""
 
     version: Number
     session: Id
     role: LinkRole
     agent: Text = ""
+    resume_window: Number = 300
     features: Features = []
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from wstunnel.errors import ProtocolError
+from wstunnel.errors import ProtocolError, StreamError
 from wstunnel.limits import CONTROL_QUEUE_BYTES, MESSAGE_BYTES, WINDOW_FIRST
 from wstunnel.wire import messages
 from wstunnel.wire.credit import Budget
@@ -33,7 +33,10 @@ from wstunnel.wire.messages import (
     Ack,
     AnyMessage,
     Bye,
+    Detached,
+    Drain,
     Eof,
+    Gone,
     Hello,
     LinkRole,
     Message,
@@ -42,12 +45,17 @@ from wstunnel.wire.messages import (
     Ping,
     Pong,
     Reset,
+    Resume,
+    Resumed,
     Welcome,
 )
 from wstunnel.wire.states import EXCHANGE, EXPECTED, Exchange, ExchangeEvent, Half
+from wstunnel.wire.tombstones import Tombstone
 
 Buffer = bytes | memoryview
-_COUNTED = (Opened, Ack, Eof, Reset)
+_COUNTED = (Opened, Ack, Eof, Reset, Resumed)
+_CONTROL: dict[type[Message], str] = {Bye: "client", Gone: "client", Detached: "server", Drain: "server"}
+"""Messages of the control link, and the side that sends them."""
 _BINARY = int(Opcode.BINARY)
 _TEXT = int(Opcode.TEXT)
 _SMALL = 4096  # bytes; below it one joined write is cheaper than a gathered one
@@ -73,10 +81,14 @@ class StreamState:
     Attributes:
         opened: the target was reached (at the ingress: and `opened` came).
         ack_wanted: the sweep asks for an ack though little was consumed.
-        reset_wanted: the reset to send once all queued data is on the link.
+        reset_wanted: the reset to send once all queued data is on the link; stays until it was answered.
+        epoch: of the last `resume`; 0 before the first.
+        replayed: bytes that the last resumption sends again.
     """
 
-    __slots__ = ("ack_wanted", "egress", "id", "inbound", "opened", "outbound", "reset_wanted")
+    __slots__ = (
+        "ack_wanted", "egress", "epoch", "id", "inbound", "opened", "outbound", "replayed", "reset_wanted",
+    )  # fmt: skip
 
     def __init__(self, stream_id: str, *, egress: bool, budget: Budget, window: int = WINDOW_FIRST) -> None:
         self.id = stream_id
@@ -86,6 +98,21 @@ class StreamState:
         self.opened = False
         self.ack_wanted = False
         self.reset_wanted: tuple[str, str] | None = None
+        self.epoch = 0
+        self.replayed = 0
+
+    def link_lost(self) -> None:
+        """The link is gone. From now on nothing that it brought and that was not read yet counts."""
+        self.outbound.link_lost()
+        self.inbound.link_lost()
+
+    def progress(self) -> int:
+        """Grows with everything that arrives, here or there."""
+        return self.inbound.received + self.outbound.replay.start
+
+    def unanswered(self) -> bool:
+        """At the ingress: nothing says that the egress has ever heard of the stream."""
+        return not (self.egress or self.opened or self.inbound.received or self.outbound.replay.start)
 
     def resettable(self) -> bool:
         """Whether a reset may still be sent: not after one's own EOF and one's ack of the peer's."""
@@ -110,11 +137,12 @@ class LinkProtocol:
         n: count of exchanges on this link.
         stream: the stream that the link carries now.
         greeted: the peer's hello or welcome came.
+        expecting: something was pulled that the peer must react to. Whoever wants to know sets it back.
     """
 
     __slots__ = (
         "_control", "_control_bytes", "_decoder", "_keys", "_ping", "_pong", "_pong_number", "_text",
-        "close_received", "close_sent", "greeted", "n", "role", "side", "state", "stream",
+        "close_received", "close_sent", "expecting", "greeted", "n", "role", "side", "state", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -126,6 +154,7 @@ class LinkProtocol:
         self.n = 0
         self.stream: StreamState | None = None
         self.greeted = False
+        self.expecting = False
         self.close_sent = False
         self.close_received = False
         self._keys = keys
@@ -205,7 +234,7 @@ class LinkProtocol:
                 raise ProtocolError(f"{name} for exchange {message.n}, the link is at {self.n}")
         if kind not in EXPECTED[self.state]:
             raise ProtocolError(f"{name} while {self.state.value}")
-        if isinstance(message, Open):
+        if isinstance(message, Open | Resume):
             self._accept(message)
         elif isinstance(message, Ping):
             self._pong_number = message.number
@@ -213,9 +242,13 @@ class LinkProtocol:
             if self.state is Exchange.BUSY:
                 self.send(Reset(n=self.n, code=message.code))
             self._move(ExchangeEvent.RESET_RECEIVED)
-        elif isinstance(message, Bye):
-            if self.side == "client" or self.role != "control":
-                raise ProtocolError("bye not from a client on its control link")
+        elif isinstance(message, Gone) and self.state is Exchange.RESUMING:
+            return self._answered(message.n, name, ExchangeEvent.GONE)
+        elif kind in _CONTROL:
+            if self.side == _CONTROL[kind] or self.role != "control":
+                raise ProtocolError(f"{name} not from a {_CONTROL[kind]} on its control link")
+        elif isinstance(message, Resumed):
+            self._resumed(message)
         elif self.state is Exchange.RESETTING:
             return isinstance(message, Pong)
         elif isinstance(message, Opened | Ack | Eof):
@@ -230,14 +263,39 @@ class LinkProtocol:
         self.greeted = True
         self._move(ExchangeEvent.GREETED)
 
-    def _accept(self, message: Open) -> None:
-        # Only the client opens on `forward` links, only the server on `reverse` links.
-        if self.role != ("forward" if self.side == "server" else "reverse"):
-            raise ProtocolError(f"open from the wrong side of a {self.role} link")
+    def _accept(self, message: Open | Resume) -> None:
+        # Only the client opens on `forward` links, only the server on `reverse` links. Only the client resumes.
+        name = type(message).__name__.lower()
+        if self.role != ("forward" if self.side == "server" else "reverse" if isinstance(message, Open) else None):
+            raise ProtocolError(f"{name} from the wrong side of a {self.role} link")
         if message.n != self.n + 1:
-            raise ProtocolError(f"open counts {message.n}, expected {self.n + 1}")
+            raise ProtocolError(f"{name} counts {message.n}, expected {self.n + 1}")
         self.n = message.n
         self._move(ExchangeEvent.OPEN)
+
+    def _answered(self, n: int, name: str, event: ExchangeEvent) -> bool:
+        """The answer to our `resume`; False if it is that to an earlier one."""
+        if n > self.n:
+            raise ProtocolError(f"{name} for exchange {n}, the link is at {self.n}")
+        if n == self.n:
+            self._move(event)
+        return n == self.n
+
+    def _resumed(self, message: Resumed) -> None:
+        stream = self.stream
+        assert stream is not None
+        self._move(ExchangeEvent.RESUMED)
+        stream.inbound.confirmed()
+        if not stream.egress and message.opened is not None:
+            stream.opened = True
+        if stream.reset_wanted is None:
+            try:
+                stream.replayed = stream.outbound.resume(message.received, message.consumed, message.limit)
+            except StreamError as error:
+                stream.reset_wanted = error.code, str(error)
+        if stream.reset_wanted is not None:
+            stream.outbound.discard()  # without knowing what the peer has, nothing can go before the reset
+        self._settle()
 
     def _advance(self, message: Opened | Ack | Eof) -> None:
         stream = self.stream
@@ -274,8 +332,56 @@ class LinkProtocol:
         """Start an exchange: the link must be idle (or new, at the client) and this side the one that opens on it."""
         self.n += 1
         self.stream = stream
+        self.expecting = True
         self._move(ExchangeEvent.OPEN)
         self.send(Open(n=self.n, stream=stream.id, target=target, forward=forward, peer=peer))
+
+    def resume(self, stream: StreamState, *, opened: str | None) -> None:
+        """Client: go on with a stream that lost its link, on this idle one. Its epoch was raised already.
+
+        Args:
+            stream: what to go on with.
+            opened: at the egress: the address that was dialled.
+        """
+        self.n += 1
+        self.stream = stream
+        self.expecting = True
+        self._move(ExchangeEvent.RESUME_SENT)
+        received, consumed, limit = stream.inbound.restate()
+        self.send(
+            Resume(
+                n=self.n, stream=stream.id, epoch=stream.epoch,
+                received=received, consumed=consumed, limit=limit, opened=opened,
+            )
+        )  # fmt: skip
+
+    def resumed(self, stream: StreamState, message: Resume, *, opened: str | None) -> None:
+        """Server: go on with the stream that `message` asks for; must follow that event at once, as must `gone`.
+
+        Args:
+            stream: what to go on with; it has no link.
+            message: what the client has of it.
+            opened: at the egress, once the target was reached: the address that was dialled.
+
+        Raises:
+            StreamError: the offsets cannot be. Nothing was sent or changed.
+        """
+        stream.replayed = stream.outbound.resume(message.received, message.consumed, message.limit)
+        stream.epoch = message.epoch
+        if not stream.egress and message.opened is not None:
+            stream.opened = True
+        self.stream = stream
+        self.expecting = True
+        received, consumed, limit = stream.inbound.restate()
+        stream.inbound.confirmed()  # `resumed` goes ahead of all that follows on this link
+        self.send(Resumed(n=self.n, received=received, consumed=consumed, limit=limit, opened=opened))
+        self._settle()
+
+    def gone(self, stone: Tombstone) -> None:
+        """Server: the stream of the `resume` that just came cannot go on; the link is idle again."""
+        message = stone.message[: messages.TEXT_CHARACTERS]
+        self._move(ExchangeEvent.GONE)
+        self.send(Gone(n=self.n, outcome=stone.outcome, code=stone.code, message=message))
 
     def accept(self, stream: StreamState) -> None:
         """The exchange that the peer's `open` began is about `stream`; must follow that event at once."""
@@ -324,10 +430,12 @@ class LinkProtocol:
                 out.append(self._frame(Opcode.TEXT, messages.encode(Ack(n=self.n, consumed=consumed, limit=limit))))
             view = outbound.take(size)
             if view is not None:
+                self.expecting = True
                 self._data(out, view)
             if not self._pull_reset(out, stream):
                 if outbound.eof_due():
                     total = outbound.eof_sent()
+                    self.expecting = True
                     out.append(self._frame(Opcode.TEXT, messages.encode(Eof(n=self.n, total=total))))
                 self._settle()
         if out:
@@ -354,6 +462,7 @@ class LinkProtocol:
         if stream.reset_wanted is None or stream.outbound.queued() or not stream.resettable():
             return False
         code, reason = stream.reset_wanted
+        self.expecting = True
         out.append(
             self._frame(
                 Opcode.TEXT, messages.encode(Reset(n=self.n, code=code, message=reason[: messages.TEXT_CHARACTERS]))

@@ -1,15 +1,30 @@
 """The state machines of the tunnel protocol, as tables. They know no role: both ends use the same.
 
-A half is one direction of a stream, seen from one end. An exchange is what happens on a link from `open` until the link
-may be used again. A pair that stands in no table is an error of the caller; `wire/protocol.py` checks messages against
-`EXPECTED` first, so that a peer cannot cause one.
+A half is one direction of a stream, seen from one end. An exchange is what happens on a link from `open` or `resume`
+until the link may be used again. A pair that stands in no table is an error of the caller; `wire/protocol.py` checks
+messages against `EXPECTED` first, so that a peer cannot cause one.
 """
 
 from __future__ import annotations
 
 from enum import Enum
 
-from wstunnel.wire.messages import Ack, Bye, Eof, Message, Open, Opened, Ping, Pong, Reset
+from wstunnel.wire.messages import (
+    Ack,
+    Bye,
+    Detached,
+    Drain,
+    Eof,
+    Gone,
+    Message,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Reset,
+    Resume,
+    Resumed,
+)
 
 
 class Half(Enum):
@@ -25,11 +40,19 @@ class Half(Enum):
 class HalfEvent(Enum):
     EOF = "eof"
     EOF_ACK = "eof_ack"
+    EOF_LOST = "eof_lost"  # sending: the link is gone, and with it perhaps our EOF
+    ACK_LOST = "ack_lost"  # receiving: the link is gone, and with it perhaps our ack
 
 
 HALF: dict[tuple[Half, HalfEvent], Half] = {
     (Half.OPEN, HalfEvent.EOF): Half.ENDED,
     (Half.ENDED, HalfEvent.EOF_ACK): Half.DONE,
+    (Half.OPEN, HalfEvent.EOF_LOST): Half.OPEN,
+    (Half.ENDED, HalfEvent.EOF_LOST): Half.OPEN,
+    (Half.DONE, HalfEvent.EOF_LOST): Half.DONE,  # what was acked stays so
+    (Half.OPEN, HalfEvent.ACK_LOST): Half.OPEN,
+    (Half.ENDED, HalfEvent.ACK_LOST): Half.ENDED,
+    (Half.DONE, HalfEvent.ACK_LOST): Half.ENDED,
 }
 
 
@@ -38,6 +61,7 @@ class Exchange(Enum):
 
     NEW = "new"  # the peer's hello (at the server) or welcome (at the client) has not come
     IDLE = "idle"  # no stream
+    RESUMING = "resuming"  # we sent `resume`; nothing is sent for the stream until the answer
     BUSY = "busy"  # a stream
     RESETTING = "resetting"  # we sent `reset`; what arrives is discarded until the peer's
     CLOSED = "closed"
@@ -45,7 +69,10 @@ class Exchange(Enum):
 
 class ExchangeEvent(Enum):
     GREETED = "greeted"  # hello or welcome came
-    OPEN = "open"  # sent or received
+    OPEN = "open"  # `open` sent or received, or `resume` received
+    RESUME_SENT = "resume_sent"
+    RESUMED = "resumed"  # received
+    GONE = "gone"  # sent or received
     FINISHED = "finished"  # both halves are done
     RESET_SENT = "reset_sent"
     RESET_RECEIVED = "reset_received"
@@ -58,6 +85,11 @@ EXCHANGE: dict[tuple[Exchange, ExchangeEvent], Exchange] = {
     # `LinkProtocol.greeted` tells the two kinds of BUSY apart.
     (Exchange.NEW, ExchangeEvent.OPEN): Exchange.BUSY,
     (Exchange.IDLE, ExchangeEvent.OPEN): Exchange.BUSY,
+    (Exchange.IDLE, ExchangeEvent.RESUME_SENT): Exchange.RESUMING,
+    (Exchange.RESUMING, ExchangeEvent.RESUMED): Exchange.BUSY,
+    (Exchange.RESUMING, ExchangeEvent.GONE): Exchange.IDLE,
+    # The answer goes out in the step in which `resume` came.
+    (Exchange.BUSY, ExchangeEvent.GONE): Exchange.IDLE,
     (Exchange.BUSY, ExchangeEvent.GREETED): Exchange.BUSY,
     (Exchange.RESETTING, ExchangeEvent.GREETED): Exchange.RESETTING,
     (Exchange.BUSY, ExchangeEvent.FINISHED): Exchange.IDLE,
@@ -71,7 +103,8 @@ EXCHANGE: dict[tuple[Exchange, ExchangeEvent], Exchange] = {
 
 EXPECTED: dict[Exchange, frozenset[type[Message]]] = {
     Exchange.NEW: frozenset(),
-    Exchange.IDLE: frozenset({Open, Ping, Pong, Bye}),
+    Exchange.IDLE: frozenset({Open, Resume, Ping, Pong, Detached, Gone, Drain, Bye}),
+    Exchange.RESUMING: frozenset({Resumed, Gone, Ping, Pong}),
     Exchange.BUSY: frozenset({Opened, Ack, Eof, Reset, Ping, Pong}),
     Exchange.RESETTING: frozenset({Opened, Ack, Eof, Reset, Ping, Pong}),
     Exchange.CLOSED: frozenset(),

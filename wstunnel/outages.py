@@ -1,0 +1,73 @@
+"""What is counted and said of streams that lose their links: one line when it begins, one when it is over."""
+
+from __future__ import annotations
+
+
+class Outages:
+    """The outages of one session, one at a time: from the first stream without a link until none is left.
+
+    Attributes:
+        cuts: streams that lost a link, since the session began.
+        resumptions: streams that went on, since the session began.
+        replayed: bytes that were sent again, since the session began.
+    """
+
+    __slots__ = ("_lost", "_resumed", "_said", "_since", "cuts", "replayed", "resumptions")
+
+    def __init__(self) -> None:
+        self.cuts = 0
+        self.resumptions = 0
+        self.replayed = 0
+        self._since: float | None = None
+        self._said = False
+        self._resumed = 0
+        self._lost = 0
+
+    def cut(self, now: float) -> None:
+        """A stream lost its link; `now` is monotonic seconds."""
+        self.cuts += 1
+        if self._since is None:
+            self._since = now
+
+    def resumed(self, replayed: int) -> None:
+        """A stream went on; `replayed` bytes are sent again."""
+        self.resumptions += 1
+        self.replayed += replayed
+        self._resumed += 1
+
+    def lost(self) -> None:
+        """A stream was given up for want of a link."""
+        self._lost += 1
+
+    def report(self, waiting: int, now: float) -> str | None:
+        """The line to log now, if any.
+
+        Args:
+            waiting: streams that have no link.
+            now: monotonic seconds.
+        """
+        if self._since is None:
+            return None
+        if waiting:
+            if self._said:
+                return None
+            self._said = True
+            return f"{_streams(waiting)} lost {'its' if waiting == 1 else 'their'} link, resuming"
+        took = now - self._since
+        resumed, lost = self._resumed, self._lost
+        self._since, self._said, self._resumed, self._lost = None, False, 0, 0
+        parts = []
+        if resumed:
+            parts.append(f"{_streams(resumed)} resumed after {took:.1f} s, 0 bytes lost")
+        if lost:
+            parts.append(f"{_streams(lost)} could not be resumed and {'was' if lost == 1 else 'were'} reset")
+        return "; ".join(parts) or None
+
+    @property
+    def over(self) -> bool:
+        """Whether no outage goes on."""
+        return self._since is None
+
+
+def _streams(count: int) -> str:
+    return "1 stream" if count == 1 else f"{count} streams"
