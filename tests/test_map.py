@@ -43,11 +43,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "targets",
         "transport",
     ),
-    ("auth", "forwards", "policy", "tls"),
+    ("absence", "auth", "forwards", "policy", "tls"),
     # The data path: one stream, one link, and the ways out.
     ("config", "dial", "link", "profiles", "stream"),
-    ("dialler", "endpoints", "endpoints.tcp", "session"),
+    ("dialler", "endpoints", "endpoints.tcp", "recovery", "session"),
     # The roles.
+    ("client_session", "server_session"),
     ("client", "server"),
     # The command line. `cli` itself is `main`; the group finds the commands by name when they are asked for.
     ("cli.reports",),

@@ -6,7 +6,6 @@ import os
 import secrets
 import socket
 import ssl
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,14 +17,15 @@ from wstunnel.auth import Users
 from wstunnel.config import ServerConfig
 from wstunnel.dial import dial_target, is_local_address
 from wstunnel.endpoints import tcp
-from wstunnel.errors import HandshakeError, LocalError, ProtocolError, StreamError, UsageError
+from wstunnel.errors import HandshakeError, LocalError, ProtocolError, StreamError
 from wstunnel.link import Link
 from wstunnel.liveness import Sleep, boottime
 from wstunnel.policy import Policy
 from wstunnel.reactor import Reactor, make_reactor
-from wstunnel.session import Principal, Session
+from wstunnel.server_session import ServerSession
+from wstunnel.session import Principal
 from wstunnel.state import Announcement, write_announcement
-from wstunnel.targets import Target, parse_target
+from wstunnel.targets import Target
 from wstunnel.transport import Transport
 from wstunnel.wire import handshake
 from wstunnel.wire.credit import Budget
@@ -35,18 +35,11 @@ from wstunnel.wire.messages import (
     SUBPROTOCOL,
     VERSION,
     AnyMessage,
-    Bye,
-    Detached,
-    Drain,
-    Gone,
     Hello,
-    Open,
-    Resume,
     Welcome,
 )
 from wstunnel.wire.protocol import LinkProtocol
-from wstunnel.wire.states import Exchange
-from wstunnel.wire.tombstones import FINISHED, UNKNOWN, Crowd, Tombstone
+from wstunnel.wire.tombstones import Crowd
 
 if TYPE_CHECKING:
     from wstunnel.stream import Stream
@@ -56,176 +49,6 @@ _log = logs.logger("server")
 RESOLVER_THREADS = 8
 """Names that one principal resolves at once: slow names of one user must not stop the others."""
 KEEPALIVE_ADVICE = int(limits.PING_AFTER_SECONDS)
-DETACHED_IDS = 512
-"""Ids in one `detached`: the most that the message may have."""
-
-
-class ServerSession(Session):
-    """One client's links and streams. Ends with its last link and its last stream.
-
-    Args:
-        session_id: the client's.
-        principal: whose.
-        server: where it is registered.
-        hello: of its first link.
-    """
-
-    def __init__(self, session_id: str, principal: Principal, server: Server, hello: Hello) -> None:
-        super().__init__(session_id, principal, server.reactor, _log)
-        self._server = server
-        self._features = frozenset(hello.features) & frozenset(FEATURES)
-        self._control: Link | None = None
-        self._untold: dict[Stream, None] = {}  # detached, and the client does not know yet
-        if "resume" in self._features:
-            self.resume_window = float(min(hello.resume_window, server.max_resume_window))
-
-    def welcomed(self, link: Link) -> None:
-        """The link has joined. A control link learns at once which streams have lost theirs."""
-        if link.protocol.role == "control":
-            self._control = link
-            self._untold = dict.fromkeys(self._detached)
-            self._tell_detached()
-
-    def drain(self) -> None:
-        """Tell the client that the server is going."""
-        if self._control is not None and "drain" in self._features:
-            self._control.send(Drain(deadline=int(limits.LINGER_SECONDS)))
-
-    def message(self, link: Link, message: AnyMessage) -> None:
-        if isinstance(message, Open):
-            self._accept(link, message)
-        elif isinstance(message, Resume):
-            self._resume(link, message)
-        elif isinstance(message, Gone):
-            self._unknown_to_client(message)
-        elif isinstance(message, Bye):
-            self._server.reactor.later(partial(self.close, 1000, "the client said goodbye"))
-        else:
-            super().message(link, message)
-
-    def lost(self, link: Link, reason: str) -> None:
-        super().lost(link, reason)
-        if link is self._control:
-            self._control = None
-        self._check_over()
-
-    def _check_over(self) -> None:
-        if not self.links and not self.streams:
-            self._server.forget(self)
-
-    def close(self, code: int, reason: str) -> None:
-        super().close(code, reason)
-        self._check_over()
-
-    def sweep(self, now: float) -> None:
-        super().sweep(now)
-        self._tell_detached()
-
-    # --- streams that lost their link ---------------------------------------------------------------------------------
-
-    def stream_detached(self, stream: Stream) -> bool:
-        kept = super().stream_detached(stream)
-        if kept:
-            if not self._untold:
-                self.reactor.later(self._tell_detached)
-            self._untold[stream] = None
-        return kept
-
-    def _tell_detached(self) -> None:
-        """The server cannot dial: it says which streams wait. One message at a time: a link's queue is short."""
-        control = self._control
-        if not self._untold or control is None or control.blocked or control.protocol.state is not Exchange.IDLE:
-            return
-        waiting = [stream for stream in self._untold if stream.link is None and stream.outcome is None]
-        self._untold = dict.fromkeys(waiting[DETACHED_IDS:])
-        if waiting:
-            control.send(Detached(streams=[stream.state.id for stream in waiting[:DETACHED_IDS]]))
-
-    def _resume(self, link: Link, message: Resume) -> None:
-        """The client goes on with a stream on this link: detach first, then compare, all in this call."""
-        tombstones = self.principal.tombstones
-        tombstones.forget(link.last_id)
-        link.last_id = None
-        stream = self.streams.get(message.stream)
-        if stream is None:
-            stone = tombstones.find(message.stream)
-            if stone is None:
-                # An `open` of it that is still held back somewhere must not dial any more.
-                stone = UNKNOWN
-                tombstones.add(message.stream, stone, self.reactor.now)
-            link.protocol.gone(stone)
-        elif message.epoch <= stream.state.epoch:
-            link.protocol.gone(Tombstone("stale"))
-        else:
-            if stream.link is not None:
-                stream.link.give_up_stream("its stream goes on on another link")
-            if stream.reason is not None:
-                stream.abandon(*stream.reason)
-            else:
-                try:
-                    link.resumed(stream, message)
-                except StreamError as error:
-                    stream.abandon(error.code, str(error))
-            if stream.outcome is not None:
-                link.protocol.gone(_stone(stream.outcome))
-
-    def _unknown_to_client(self, message: Gone) -> None:
-        stream = self.streams.get(message.stream or "")
-        if stream is not None and stream.link is None:
-            stream.gone("finished", "", "")
-
-    def _accept(self, link: Link, message: Open) -> None:
-        """A client asks for a stream. The stream is registered in this call: early data may follow in the same read."""
-        tombstones = self.principal.tombstones
-        tombstones.forget(link.last_id)
-        link.last_id = None
-        if message.stream in self.streams:
-            raise ProtocolError("open repeats the id of a live stream")
-        full = self.principal.streams >= self._server.share(limits.PRINCIPAL_STREAMS)
-        stream = self.make_stream(message.stream, egress=True, target=message.target, peer=link.peer)
-        stream.application = message.peer
-        stream.link = link
-        link.attach(stream)
-        link.protocol.accept(stream.state)
-        if message.stream in tombstones:
-            stream.reset("forbidden", "this stream id was used before")
-        elif full or not self.principal.budget.admitting():
-            stream.reset("limit", "too many streams" if full else "too much memory is held")
-        else:
-            try:
-                target = parse_target(message.target)
-            except UsageError as error:
-                stream.reset("forbidden", f"not a target: {error.message}")
-                return
-            stream.dialling = trio.CancelScope()
-            self._server.nursery.start_soon(self._dial, stream, stream.dialling, target)
-
-    async def _dial(self, stream: Stream, scope: trio.CancelScope, target: Target) -> None:
-        server = self._server
-        with scope:
-            try:
-                sock, address = await dial_target(target, server.policy, limiter=server.limiter(self.principal))
-            except StreamError as error:
-                stream.note = " ".join(getattr(error, "__notes__", ()))
-                stream.reset(error.code, str(error))
-                return
-            try:
-                stream.connected(self.reactor, sock, address)
-            except Exception as error:
-                stream.fail(error)
-
-    def stream_ended(self, stream: Stream) -> None:
-        super().stream_ended(stream)
-        self._untold.pop(stream, None)
-        assert stream.outcome is not None
-        self.principal.tombstones.add(stream.state.id, _stone(stream.outcome), self.reactor.now)
-        if not self.links:
-            self.reactor.later(self._check_over)
-
-
-def _stone(outcome: tuple[str, str]) -> Tombstone:
-    code, message = outcome
-    return FINISHED if code == "finished" else Tombstone("reset", code, message)
 
 
 class Server:
@@ -429,6 +252,24 @@ class Server:
         self._check_gone()
 
     # --- life ---------------------------------------------------------------------------------------------------------
+
+    def dial(self, principal: Principal, stream: Stream, target: Target) -> None:
+        """Connect a new stream to its target, in a task of its own; `stream.dialling` cancels it."""
+        stream.dialling = trio.CancelScope()
+        self.nursery.start_soon(self._dial, principal, stream, stream.dialling, target)
+
+    async def _dial(self, principal: Principal, stream: Stream, scope: trio.CancelScope, target: Target) -> None:
+        with scope:
+            try:
+                sock, address = await dial_target(target, self.policy, limiter=self.limiter(principal))
+            except StreamError as error:
+                stream.note = " ".join(getattr(error, "__notes__", ()))
+                stream.reset(error.code, str(error))
+                return
+            try:
+                stream.connected(self.reactor, sock, address)
+            except Exception as error:
+                stream.fail(error)
 
     def limiter(self, principal: Principal) -> trio.CapacityLimiter:
         """Bounds the principal's threads that resolve names."""
