@@ -129,6 +129,8 @@ class Link(Handler):
         if size and self.sock is not None:
             self.last_received = now = self.reactor.now
             self._liveness.received(now)
+            if self._pending is not None:
+                self._await_answer()  # a full connection has data under way, though nothing more fits in
             before = self.reactor.spent()
             self._process(self.reactor.scratch[:size])
             self._pace(self.reactor.spent() - before)
@@ -353,6 +355,7 @@ class Link(Handler):
             # A copy: the views belong to a replay buffer that goes on growing.
             self._pending = memoryview(b"".join(buffers))[sent:]
             self._progress_at = self.reactor.now
+            self._await_answer()
             self._write_pace.full(self.reactor.now)
         return size
 
@@ -363,8 +366,13 @@ class Link(Handler):
             self._ping_pulled = False
             self._liveness.pinged(now)
             self._arm()
+        self._await_answer()
+        self.protocol.expecting = False
+
+    def _await_answer(self) -> None:
+        """The kernel has something that the peer must react to, or a part of it."""
         if self.protocol.expecting:
-            self.protocol.expecting = False
+            now = self.reactor.now
             self._liveness.sent(now)
             if self._alarm_at > now + STALL_SECONDS:
                 self._arm()
@@ -388,6 +396,7 @@ class Link(Handler):
                     return True
                 pending = pending[sent:]
                 self._progress_at = self.reactor.now
+                self._await_answer()
                 if not self._tls:
                     break
         except ssl.SSLWantReadError:

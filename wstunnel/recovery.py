@@ -38,9 +38,7 @@ class Recovery:
 
     def __init__(self) -> None:
         self._waiting: dict[Stream, None] = {}
-        self._cases: dict[
-            Stream, _Case
-        ] = {}  # also of streams that go on: was it in vain?
+        self._cases: dict[Stream, _Case] = {}  # also of streams that go on: was it in vain?
 
     def __len__(self) -> int:
         return len(self._waiting)

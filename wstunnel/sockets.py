@@ -33,7 +33,7 @@ def unsent(sock: socket.socket) -> int | None:
     """Bytes in the kernel's send queue that the peer's kernel has not acknowledged, sent or not (SIOCOUTQ, tcp(7)).
 
     While it falls the path works, however slowly. Of a TLS socket it counts encrypted bytes, of a Unix socket the
-    kernel's memory. One system call: 1.5 µs on the machine where a send of one byte takes 10.
+    kernel's memory. One system call, 1.5 µs.
 
     Returns:
         None if it cannot be known: not on Linux, or `sock` is closed.

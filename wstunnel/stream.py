@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from wstunnel import limits, logs, sockets
 from wstunnel.errors import LocalError
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
+from wstunnel.wire.buffer import SPARE_FROM_BYTES
 from wstunnel.wire.protocol import StreamState
 
 if TYPE_CHECKING:
@@ -159,7 +160,10 @@ class Stream(Handler):
         except OSError as error:
             self._local_failed(error)
             return
-        if size:
+        if size >= SPARE_FROM_BYTES:
+            # What was read stays where it is, to be sent again if need be; the next one reads into another buffer.
+            self.reactor.scratch = outbound.adopt(scratch[:size])
+        elif size:
             outbound.append(scratch[:size])
         else:
             outbound.end()

@@ -52,6 +52,11 @@ class Outbound:
         self.replay.append(data)
         self.budget.charge(len(data))
 
+    def adopt(self, data: memoryview) -> memoryview:
+        """As `append`, without a copy; see `OffsetBuffer.adopt`."""
+        self.budget.charge(len(data))
+        return self.replay.adopt(data)
+
     def end(self) -> None:
         """The application sent its EOF."""
         self.total = self.replay.end
