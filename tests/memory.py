@@ -1,11 +1,12 @@
-"""Sockets and a reactor without a system underneath: every byte moves when a test says so."""
+"""Sockets, a reactor and a Trio without a system underneath: every byte and every task moves when a test says so."""
 
 from __future__ import annotations
 
 import errno
 import heapq
+import math
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
 from wstunnel.reactor import READ, WRITE, Handler
@@ -205,3 +206,166 @@ class MemoryReactor:
         functions, self._later = self._later, []
         for function in functions:
             function()
+
+
+class Cancelled(BaseException):
+    """Raised in a task whose scope was cancelled, or is past its deadline."""
+
+    def __init__(self, scope: MemoryScope) -> None:
+        self.scope = scope
+
+
+class _Wait:
+    """What a task waits for: an event, a time, or for ever."""
+
+    __slots__ = ("event", "until")
+
+    def __init__(self, event: MemoryEvent | None = None, until: float = math.inf) -> None:
+        self.event = event
+        self.until = until
+
+    def __await__(self) -> Generator[_Wait, None, None]:
+        yield self
+
+
+class MemoryEvent:
+    __slots__ = ("_flag",)
+
+    def __init__(self) -> None:
+        self._flag = False
+
+    def set(self) -> None:
+        self._flag = True
+
+    def is_set(self) -> bool:
+        return self._flag
+
+    async def wait(self) -> None:
+        if not self._flag:
+            await _Wait(self)
+
+
+class MemoryScope:
+    def __init__(self, trio: MemoryTrio, deadline: float = math.inf) -> None:
+        self._trio = trio
+        self._task: _Task | None = None
+        self.deadline = deadline
+        self.cancel_called = False
+        self.cancelled_caught = False
+
+    def cancel(self) -> None:
+        self.cancel_called = True
+
+    def __enter__(self) -> MemoryScope:
+        self._task = self._trio.current
+        assert self._task is not None
+        self._task.scopes.append(self)
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        assert self._task is not None
+        self._task.scopes.remove(self)
+        self.cancelled_caught = isinstance(error, Cancelled) and error.scope is self
+        return self.cancelled_caught
+
+
+class MemoryNursery:
+    def __init__(self, trio: MemoryTrio) -> None:
+        self._trio = trio
+
+    def start_soon(self, function: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        self._trio.spawn(function(*args))
+
+    async def __aenter__(self) -> MemoryNursery:
+        return self
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is None:
+            await _Wait()
+
+
+class _Task:
+    __slots__ = ("coroutine", "scopes", "wait")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.coroutine = coroutine
+        self.scopes: list[MemoryScope] = []
+        self.wait: _Wait | None = None
+
+
+class MemoryTrio:
+    """As much of Trio as the roles use, without a system or a clock: stands where a module has `trio`.
+
+    Tasks go on when `run` is called and what they wait for is there.
+
+    Args:
+        current_time: monotonic seconds.
+    """
+
+    Event = MemoryEvent
+
+    def __init__(self, current_time: Callable[[], float]) -> None:
+        self.current_time = current_time
+        self.current: _Task | None = None
+        self.tasks: list[_Task] = []
+
+    def CancelScope(self) -> MemoryScope:
+        return MemoryScope(self)
+
+    def move_on_at(self, deadline: float) -> MemoryScope:
+        return MemoryScope(self, deadline)
+
+    def open_nursery(self) -> MemoryNursery:
+        return MemoryNursery(self)
+
+    @staticmethod
+    def CapacityLimiter(total: int) -> int:
+        return total
+
+    def sleep(self, seconds: float) -> Awaitable[None]:
+        return _Wait(until=self.current_time() + seconds)
+
+    @staticmethod
+    def sleep_until(when: float) -> Awaitable[None]:
+        return _Wait(until=when)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(_Task(coroutine))
+
+    def run(self) -> None:
+        """Let every task go on that can, until none can."""
+        now = self.current_time()
+        busy = True
+        while busy:
+            busy = False
+            for task in self.tasks[:]:
+                wait = task.wait
+                cancelled = None
+                for scope in task.scopes:
+                    if scope.cancel_called or scope.deadline <= now:
+                        cancelled = scope
+                        break
+                if (
+                    cancelled is None
+                    and wait is not None
+                    and wait.until > now
+                    and (wait.event is None or not wait.event._flag)
+                ):
+                    continue
+                busy = True
+                self.current = task
+                try:
+                    if cancelled is not None and wait is not None:
+                        task.wait = task.coroutine.throw(Cancelled(cancelled))
+                    else:
+                        task.wait = task.coroutine.send(None)
+                except StopIteration:
+                    self.tasks.remove(task)
+                finally:
+                    self.current = None
+
+    def close(self) -> None:
+        """Drop all tasks."""
+        for task in self.tasks:
+            task.coroutine.close()
+        self.tasks.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import heapq
 import logging
 import os
 import socket
@@ -20,15 +21,19 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.memory import MemoryReactor, MemorySocket
 from wstunnel import client as client_module
+from wstunnel import limits
 from wstunnel import server as server_module
+from wstunnel.absence import YOUNG_SECONDS
 from wstunnel.auth import LoginUrl, Token, Users, parse_login_url
-from wstunnel.client import ClientSession
+from wstunnel.client_session import ClientSession
 from wstunnel.config import ClientConfig, ServerConfig
 from wstunnel.errors import StreamError, WstunnelError
 from wstunnel.forwards import Forward, parse_forward
 from wstunnel.link import Link
 from wstunnel.server import Server
+from wstunnel.server_session import ServerSession
 from wstunnel.state import read_announcement
+from wstunnel.stream import Stream
 from wstunnel.targets import Target
 from wstunnel.wire.protocol import LinkProtocol
 
@@ -341,10 +346,23 @@ class ClockedReactor(MemoryReactor):
     def now(self, _value: float) -> None:
         pass
 
+    def _run_later(self) -> None:
+        """Not after each handler: `turn_all` does it at the end of a batch, as the real one does."""
+
+    def _run_due(self) -> bool:
+        """Alarms whose time has come, those apart that are set meanwhile."""
+        due = []
+        while self._alarms and self._alarms[0][0] <= self.now:
+            due.append(heapq.heappop(self._alarms)[2])
+        for function in due:
+            function()
+        return bool(due)
+
     def turn_all(self) -> bool:
         """Everything that can be done without another byte arriving."""
         busy = False
         while True:
+            busy |= self._run_due()
             handlers = self.ready()
             functions, self._later = self._later, []
             if not handlers and not functions:
@@ -395,22 +413,30 @@ class FakeDialler:
 class World:
     """A client session and a server whose links are memory; `settle` lets everything happen that now can.
 
-    `targets` holds the other ends of what the server dialled; `refusal` refuses its dials, `dial_seconds` delays them.
+    `targets` holds the other ends of what the server dialled; `refusal` refuses its dials, `dial_seconds` delays them,
+    as does `gate` until it is set. Both ends' CLOCK_BOOTTIME is Trio's clock and `suspended` seconds.
     """
 
     def __init__(
-        self, nursery: trio.Nursery, *, idle_links: int = 2, random: Callable[[], float] | None = None
+        self,
+        nursery: trio.Nursery,
+        *,
+        idle_links: int = 2,
+        random: Callable[[], float] | None = None,
+        resume_window: int = limits.RESUME_WINDOW_SECONDS,
+        max_resume_window: int = limits.MAX_RESUME_WINDOW_SECONDS,
     ) -> None:
         self.nursery = nursery
         self.client_reactor = ClockedReactor()
         self.server_reactor = ClockedReactor()
-        config = ServerConfig(state_dir=Path("/nonexistent"))
-        self.server = Server(config, self.server_reactor, nursery, [], None)  # type: ignore[arg-type]
+        self._config = ServerConfig(state_dir=Path("/nonexistent"), max_resume_window=max_resume_window)
+        self.server = self.make_server()
         self.dialler = FakeDialler(self)
         self.session = ClientSession(
             self.dialler,
             self.client_reactor,
             idle_links=idle_links,
+            resume_window=resume_window,
             random_float=random or (lambda: 1.0),  # type: ignore[arg-type]
         )
         self.sockets: list[tuple[NamedSocket, NamedSocket]] = []
@@ -418,6 +444,17 @@ class World:
         self.dialled: list[str] = []
         self.refusal: StreamError | None = None
         self.dial_seconds = 0.0
+        self.gate: trio.Event | None = None
+        self.suspended = 0.0
+
+    def boottime(self) -> float:
+        return trio.current_time() + self.suspended
+
+    def make_server(self) -> Server:
+        """A server that remembers nothing. Links that are dialled from now on go to the last one."""
+        self.server_reactor = ClockedReactor()
+        self.server = Server(self._config, self.server_reactor, self.nursery, [], None)  # type: ignore[arg-type]
+        return self.server
 
     def pair(self) -> tuple[NamedSocket, NamedSocket]:
         near, far = NamedSocket.pair()
@@ -436,6 +473,8 @@ class World:
         self.dialled.append(str(target))
         assert isinstance(limiter, trio.CapacityLimiter)
         await trio.sleep(self.dial_seconds)
+        if self.gate is not None:
+            await self.gate.wait()
         if self.refusal is not None:
             raise self.refusal
         near, far = self.pair()
@@ -449,6 +488,14 @@ class World:
         far.outgoing.move(len(data))
         self.session.accepted(near, forwards(spec)[0])  # type: ignore[arg-type]
         return far
+
+    def read(self, sock: NamedSocket) -> bytes:
+        """All that an application or a target can read now."""
+        pipe = sock.incoming
+        pipe.move(len(pipe.sent))
+        data = bytes(pipe.arrived)
+        pipe.arrived.clear()
+        return data
 
     def move(self) -> bool:
         """What was written arrives."""
@@ -467,6 +514,79 @@ class World:
             busy = self.client_reactor.turn_all() | self.server_reactor.turn_all()
             if not self.move() and not busy:
                 return
+
+    # --- streams and cuts ---------------------------------------------------------------------------------------------
+
+    async def warm(self) -> World:
+        """Start the client's dialling, and nothing that goes by the clock: `settle` moves everything."""
+        self.nursery.start_soon(self.session.keep_links)
+        await self.settle()
+        assert self.idle >= self.session._least and self.session._control is not None
+        for link in self.session.links:
+            link.created -= YOUNG_SECONDS  # no test has that second
+        return self
+
+    @property
+    def far_session(self) -> ServerSession:
+        """The client's session at the server."""
+        (session,) = self.server._sessions.values()
+        return session
+
+    def near_stream(self, number: int = -1) -> Stream:
+        return list(self.session.streams.values())[number]
+
+    def far_stream(self, near: Stream | None = None) -> Stream:
+        """The same stream at the server."""
+        return self.far_session.streams[(near or self.near_stream()).state.id]
+
+    async def stream(self, data: bytes = b"") -> tuple[NamedSocket, Stream, Stream, NamedSocket]:
+        """A stream that was opened: its application's socket, its two ends, its target's socket."""
+        application = self.connect(data)
+        await self.settle()
+        near = self.near_stream()
+        assert near.state.opened
+        return application, near, self.far_stream(near), self.targets[-1]
+
+    def far_link(self, link: Link) -> Link:
+        """The server's end of a client's link."""
+        sock: Any = link.sock
+        (far,) = [
+            handler
+            for handler in self.server_reactor.handlers
+            if isinstance(handler, Link) and handler.sock is sock.peer
+        ]
+        return far
+
+    def freeze(self, link: Link) -> tuple[NamedSocket, NamedSocket]:
+        """A black hole: what is on the way is gone, nothing arrives any more, not even an end. Returns its sockets."""
+        sock: Any = link.sock
+        ends = sock, sock.peer
+        self.sockets = [pair for pair in self.sockets if sock not in pair]
+        for end in ends:
+            end.outgoing.sent.clear()
+            end.outgoing.arrived.clear()
+        return ends
+
+    def cut(self, link: Link) -> None:
+        """The connection is reset under both ends; what is on the way is gone. They notice in their next turn."""
+        for end in self.freeze(link):
+            end.reset_by_peer = True
+
+    def cut_all(self) -> None:
+        """All links at once, as when the network changes."""
+        for link in list(self.session.links):
+            self.cut(link)
+
+    def cut_near(self, link: Link) -> None:
+        """Only the client's end notices that the connection is gone."""
+        self.freeze(link)
+        link.lose("cut")
+
+    def cut_far(self, link: Link) -> None:
+        """Only the server's end notices."""
+        far = self.far_link(link)
+        self.freeze(link)
+        far.lose("cut")
 
     async def pump(self, step: float = 0.01) -> None:
         """A task that keeps everything moving as the clock goes on."""
@@ -492,6 +612,9 @@ def make_world(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> Callab
     def make(**options: Any) -> World:
         world = World(nursery, **options)
         monkeypatch.setattr(server_module, "dial_target", world.dial_target)
+        # The machine's own clock runs on while a test's stands still: that would look like a suspend.
+        monkeypatch.setattr(server_module, "boottime", world.boottime)
+        monkeypatch.setattr(client_module, "boottime", world.boottime)
         return world
 
     return make

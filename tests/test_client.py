@@ -32,6 +32,7 @@ from tests.roles import (  # lines, make_world and raises are fixtures
 )
 from wstunnel import client as client_module
 from wstunnel import limits
+from wstunnel.absence import WAITING_RETRY_SECONDS
 from wstunnel.auth import LoginUrl, Token
 from wstunnel.config import ClientConfig
 from wstunnel.endpoints import tcp
@@ -288,7 +289,7 @@ class TestWarmLinks:
         assert len(world.session._waiting) == 1
         world.dialler.leftover = b""
         world.dialler.greets = True
-        await trio.sleep(30 if world.session._retry_at > trio.current_time() + 5 else 5)
+        await trio.sleep(30 if world.session._absence.retry_at > trio.current_time() + 5 else 5)
         assert world.dialled == ["tcp:db:5432"]
 
     async def test_bytes_behind_the_head_are_handled_before_the_link_is_used(
@@ -348,7 +349,7 @@ class TestBackoff:
         await trio.sleep(0.01)
         assert len(world.dialler.begun) == limits.DIALS_AT_ONCE
         await trio.sleep(0.5)
-        assert world.session._backoff._ceiling == pytest.approx(4 * limits.BACKOFF_FIRST_SECONDS)
+        assert world.session._absence._backoff._ceiling == pytest.approx(4 * limits.BACKOFF_FIRST_SECONDS)
         assert len(world.dialler.begun) == limits.DIALS_AT_ONCE + 1  # the next after 0.05 + 0.2 s, then after 0.4 s
 
     async def test_one_dial_at_a_time_finds_out_whether_the_server_is_back(
@@ -389,6 +390,51 @@ class TestBackoff:
         world.run()
         await trio.sleep(10)
         assert 3 <= len(world.dialler.begun) <= 10
+
+    async def test_while_an_application_waits_the_pauses_are_two_seconds_at_most(
+        self, make_world: Make, autojump_clock: MockClock
+    ) -> None:
+        """It waits for 10 s: a back-off of 15 would be its end."""
+        world = make_world()
+        world.dialler.error = AWAY
+        world.run()
+        await trio.sleep(35)
+        begun = world.dialler.begun
+        assert begun[-1] - begun[-2] > 8, "nobody waits"
+        await trio.sleep(begun[-1] + 1 - trio.current_time() if begun[-1] + 1 > trio.current_time() else 0)
+        count = len(begun)
+        world.connect(b"x")
+        waited = trio.current_time()
+        await trio.sleep(9)
+        assert begun[count] - waited <= WAITING_RETRY_SECONDS + 0.1
+        gaps = [later - earlier for earlier, later in itertools.pairwise(begun[count:])]
+        assert len(gaps) >= 3 and max(gaps) <= WAITING_RETRY_SECONDS + 0.1
+        world.dialler.error = None
+        await trio.sleep(WAITING_RETRY_SECONDS)
+        await trio.sleep(30)
+        assert world.idle == 2
+
+    async def test_after_links_that_died_young_only_needed_ones_are_dialled_until_one_has_lived(
+        self, make_world: Make, autojump_clock: MockClock
+    ) -> None:
+        world = make_world(idle_links=12)
+        world.run()
+        await trio.sleep(2)
+        assert world.session._absence.settled
+        for link in list(world.session.links):
+            world.cut(link)
+        await trio.sleep(0.05)
+        for link in list(world.session.links):  # young ones
+            world.cut(link)
+        world.dialler.begun.clear()
+        await trio.sleep(0.6)
+        assert not world.session._absence.settled
+        assert len(world.dialler.begun) <= 2, "a control link, and nobody waits"
+        world.connect(b"x")
+        await trio.sleep(0.1)
+        assert world.dialled == ["tcp:db:5432"]
+        await trio.sleep(2)
+        assert world.session._absence.settled and world.idle == 12
 
     async def test_never_more_than_8_dials_at_once(self, make_world: Make, autojump_clock: MockClock) -> None:
         world = make_world(idle_links=40)
@@ -912,24 +958,36 @@ class TestEnd:
         assert done.is_set()
         nursery.cancel_scope.cancel()
 
-    @pytest.mark.parametrize("away", [False, True])
-    async def test_cancelling_leaves_no_descriptor(self, tmp_path: Path, away: bool) -> None:
+    @pytest.mark.parametrize(("away", "window"), [(False, 300), (False, 0), (True, 300)])
+    async def test_cancelling_leaves_no_descriptor(self, tmp_path: Path, away: bool, window: int) -> None:
+        """Nobody said goodbye: the server keeps its ends of the streams for the window, the client keeps nothing."""
         async with targets() as egress, serving(tmp_path) as server:
             port = await egress.echo()
             url = server.url if not away else LoginUrl("ws", "127.0.0.1", free_port(), "/", Token.new())
             near: list[trio.SocketStream] = []
             before = descriptors()
             with trio.CancelScope() as scope:
-                async with connecting(url, f"0:127.0.0.1:{port}") as client:
+                async with connecting(url, f"0:127.0.0.1:{port}", resume_window=window) as client:
                     near += [await application(client.ports[0]) for _ in range(5)]
                     if away:
                         await until(lambda: len(client.session._waiting) == 5)
                     else:
-                        await until(lambda: len(client.session.streams) == 5)
+                        await until(
+                            lambda: (
+                                len(client.session.streams) == 5
+                                and all(stream.state.opened for stream in client.session.streams.values())
+                            )
+                        )
                     scope.cancel()
                     await trio.lowlevel.checkpoint()
             for stream in near:
                 await stream.aclose()
+            await until(lambda: not server.links())
+            if window and not away:
+                (session,) = server.sessions()
+                assert len(session._detached) == len(session.streams) == 5
+                await until(lambda: descriptors() == before + 2 * 5)  # to the targets, which are in this process, too
+                session.close(1000, "enough")
             await until(lambda: not server.sessions() and descriptors() == before)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -13,14 +13,15 @@ import click
 import msgspec
 import pytest
 
-from wstunnel import limits
+from wstunnel import limits, liveness, pace
 from wstunnel.cli.group import COMMANDS, wstunnel
 from wstunnel.dial import _MOST_TELLING
+from wstunnel.server_session import DETACHED_IDS
 from wstunnel.wire import handshake, messages
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.http1 import RequestReader
 from wstunnel.wire.masking import MaskKeys
-from wstunnel.wire.messages import Hello, Open, Ping, Welcome
+from wstunnel.wire.messages import Hello, Open, Ping, Resume, Welcome
 from wstunnel.wire.protocol import LinkProtocol, StreamState
 from wstunnel.wire.states import EXCHANGE, EXPECTED, Exchange
 
@@ -188,6 +189,8 @@ TYPES: dict[Any, str] = {
     messages.Text: "text",
     messages.Name: "name",
     messages.Features: "names",
+    messages.Ids: "ids",
+    messages.Numbers: "numbers",
     messages.LinkRole: "role",
     messages.Outcome: "outcome",
     bool: "boolean",
@@ -197,10 +200,7 @@ TYPES: dict[Any, str] = {
 def type_word(hint: Any) -> str:
     if hint in TYPES:
         return TYPES[hint]
-    for part in get_args(hint):
-        if part in TYPES:
-            return TYPES[part]
-    return "ids"
+    return next(TYPES[part] for part in get_args(hint) if part in TYPES)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -215,12 +215,38 @@ def test_protocol_page_has_every_message_and_field(kind: type[msgspec.Struct]) -
 
 
 def test_protocol_page_marks_what_is_not_live() -> None:
-    live = {"hello", "welcome", "open", "opened", "ack", "eof", "reset", "ping", "pong", "bye"}
-    assert messages.FEATURES == (), "a feature was built: the page says that there is none"
+    later = {"listen", "listening", "unlisten", "need"}
+    live = {kind.__name__.lower() for kind in KINDS} - later
+    assert messages.FEATURES == ("resume", "drain"), "a feature was built: its messages are live"
+    assert [code(row[0])[0] for row in rows(section(PROTOCOL, "Features"))] == list(messages.FEATURES)
     for kind in KINDS:
         name = kind.__name__.lower()
         marked = "**Defined, not live:**" in section(PROTOCOL, f"`{name}`")
         assert marked is (name not in live), name
+
+
+def test_protocol_page_is_right_about_times_and_numbers() -> None:
+    """What an implementer must know of the constants, where the text says them."""
+    hello = next(field for field in msgspec.structs.fields(messages.Hello) if field.name == "resume_window")
+    assert hello.default == limits.RESUME_WINDOW_SECONDS == 300
+    assert limits.MAX_RESUME_WINDOW_SECONDS == 3600
+    life = section(PROTOCOL, "Life of a link")
+    for words in (
+        f"After {limits.PING_AFTER_SECONDS:g} seconds without one",
+        f"dead {limits.PONG_WITHIN_SECONDS:g} seconds after the `ping`",
+        f"max({liveness.STALL_SECONDS:g} s, {liveness.STALL_ROUND_TRIPS} round trips)",
+        f"{liveness.STALL_ANSWER_SECONDS:g} seconds to be answered",
+        f"more than {liveness.GAP_SECONDS:g} seconds",
+        f"{pace.FRAME_SECONDS:g} seconds at the measured rate",
+        f"{pace.FIRST_BYTES:,} bytes",
+    ):
+        assert words in life, words
+    waiting = section(PROTOCOL, "Streams without a link")
+    for number in (limits.PRINCIPAL_DETACHED, limits.DETACHED):
+        assert f"{number:,}" in waiting, number
+    assert f"at most {DETACHED_IDS} ids" in section(PROTOCOL, "What the server noticed first")
+    assert f"{limits.PRINCIPAL_TOMBSTONES:,}" in section(PROTOCOL, "Tombstones")
+    assert f"{limits.TOMBSTONES:,}" in section(PROTOCOL, "Tombstones")
 
 
 def test_protocol_page_has_the_state_tables() -> None:
@@ -292,20 +318,31 @@ class Ends:
         self.ingress: StreamState
         self.egress: StreamState
 
+    def cut(self) -> None:
+        """The link is lost; both ends notice, and there is another one."""
+        self.ingress.link_lost()
+        self.egress.link_lost()
+        self.client = LinkProtocol("client", keys=MaskKeys(lambda size: KEY * (size // len(KEY))), role="forward")
+        self.server = LinkProtocol("server")
+
     def open(self, stream_id: str, target: str) -> None:
         self.ingress = StreamState(stream_id, egress=False, budget=self.budget)
         self.client.open(self.ingress, target=target, peer="127.0.0.1:40000")
 
-    def flush(self, sender: LinkProtocol) -> None:
-        """All that one end has to say goes to the other. Applications take what comes at once."""
+    def flush(self, sender: LinkProtocol, *, lost: bool = False) -> None:
+        """All that one end has to say goes to the other, or is `lost`. Applications take what comes at once."""
         other, way = (self.server, "C") if sender is self.client else (self.client, "S")
         while buffers := sender.pull(limits.FRAME_BYTES, 0.0, 0.0):
             for frame in frames(b"".join(bytes(buffer) for buffer in buffers)):
                 self.log.append((way, frame))
+                if lost:
+                    continue
                 for event in other.receive(frame):
                     if isinstance(event, Open):
                         self.egress = StreamState(event.stream, egress=True, budget=self.budget)
                         other.accept(self.egress)
+                    elif isinstance(event, Resume):
+                        other.resumed(self.egress, event, opened="10.0.0.5:5432")
                     elif isinstance(event, bytes | memoryview):
                         (self.egress if other is self.server else self.ingress).inbound.passed(len(event))
 
@@ -360,6 +397,48 @@ def worked_example() -> list[tuple[str, bytes]]:
     return ends.log
 
 
+def resumption_example() -> list[tuple[str, bytes]]:
+    """The cut and the resumption of docs/reference/protocol.md: frames of two links, lost ones too."""
+    ends = Ends()
+    hello = Hello(version=1, session=SESSION, role="forward", resume_window=7200, features=["resume"])
+    welcome = Welcome(version=1, server=SERVER, boot=BOOT, resume_window=3600, features=["resume"])
+    ends.client.send(hello)
+    ends.open(FIRST, "tcp:db:5432")
+    ends.ingress.outbound.append(b"one ")
+    ends.flush(ends.client)
+    ends.server.send(welcome)
+    ends.server.opened("10.0.0.5:5432")
+    ends.flush(ends.server)
+    ends.ingress.outbound.append(b"two")
+    ends.flush(ends.client, lost=True)
+    ends.ingress.outbound.end()
+    ends.flush(ends.client, lost=True)
+    ends.egress.outbound.append(b"ONE ")
+    ends.flush(ends.server)
+    ends.egress.outbound.append(b"TWO")
+    ends.flush(ends.server, lost=True)
+    ends.cut()
+    ends.client.send(hello)
+    ends.flush(ends.client)
+    ends.server.send(msgspec.structs.replace(welcome, known=True))
+    ends.flush(ends.server)
+    ends.ingress.epoch += 1
+    ends.client.resume(ends.ingress, opened=None)
+    ends.flush(ends.client)
+    ends.flush(ends.server)
+    assert (ends.ingress.replayed, ends.egress.replayed) == (3, 3)
+    ends.flush(ends.client)
+    ends.egress.inbound.end_delivered()
+    ends.flush(ends.server)
+    ends.egress.outbound.end()
+    ends.flush(ends.server)
+    ends.ingress.inbound.end_delivered()
+    ends.flush(ends.client)
+    assert ends.client.state is ends.server.state is Exchange.IDLE
+    assert ends.budget.held == 0
+    return ends.log
+
+
 def unmasked(frame: bytes) -> bytes:
     if not frame[1] & 128:
         return frame[4 if frame[1] & 127 == 126 else 2 :]
@@ -367,10 +446,10 @@ def unmasked(frame: bytes) -> bytes:
     return bytes(byte ^ KEY[index % 4] for index, byte in enumerate(frame[at:]))
 
 
-def rendered() -> str:
-    """The worked example as the page shows it: sender, the frame in hexadecimal, and the payload of text frames."""
+def rendered(log: list[tuple[str, bytes]]) -> str:
+    """A worked example as the page shows it: sender, the frame in hexadecimal, and the payload of text frames."""
     lines = []
-    for way, frame in worked_example():
+    for way, frame in log:
         dump = frame.hex(" ")
         lines += [
             f"{way}  {dump[start : start + 96].rstrip()}" if not start else f"   {dump[start : start + 96].rstrip()}"
@@ -381,10 +460,19 @@ def rendered() -> str:
     return "\n".join(lines)
 
 
-def test_the_worked_example_is_what_the_code_says() -> None:
-    shown = re.findall(r"^```text\n(.*?)^```", section(PROTOCOL, "Worked example: frames"), re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize(
+    ("heading", "example"),
+    [
+        ("Worked example: frames", worked_example),
+        ("Worked example: a cut and a resumption", resumption_example),
+    ],
+)
+def test_the_worked_examples_are_what_the_code_says(
+    heading: str, example: Callable[[], list[tuple[str, bytes]]]
+) -> None:
+    shown = re.findall(r"^```text\n(.*?)^```", section(PROTOCOL, heading), re.MULTILINE | re.DOTALL)
     dumped = [line for block in shown for line in block.splitlines()]
-    assert dumped == rendered().splitlines()
+    assert dumped == rendered(example()).splitlines()
 
 
 def test_the_worked_example_shakes_hands_as_the_code_does() -> None:

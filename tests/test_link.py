@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import errno
+import math
+import os
 import random
 import socket
 import ssl
@@ -17,8 +19,11 @@ import trio
 
 from tests.memory import MemoryReactor, MemorySocket, Pipe
 from wstunnel import limits, logs
+from wstunnel import link as link_module
 from wstunnel.errors import LocalError, ProtocolError
 from wstunnel.link import FLUSH_BYTES, NOTSENT_LOWAT, Link
+from wstunnel.liveness import STALL_ANSWER_SECONDS, STALL_SECONDS
+from wstunnel.pace import FRAME_SECONDS
 from wstunnel.reactor import READ, WRITE, make_reactor
 from wstunnel.session import Principal, Session
 from wstunnel.stream import Stream
@@ -37,12 +42,16 @@ from wstunnel.wire.messages import (
     Ping,
     Pong,
     Reset,
+    Resume,
     Welcome,
     encode,
 )
 from wstunnel.wire.protocol import LinkProtocol, PeerClosed, StreamState
 from wstunnel.wire.states import Exchange
 
+KIB = limits.KIB
+EDGE = 0.001
+"""Seconds before a deadline, and after it: sums of floats miss it by less."""
 SESSION = "s" * 22
 HELLO = Hello(version=VERSION, session=SESSION, role="forward")
 WELCOME = Welcome(version=VERSION, server="v" * 22, boot="b" * 22)
@@ -66,6 +75,7 @@ class End(Session):
         super().__init__(SESSION, principal, reactor, logs.logger("test"))
         self.messages: list[AnyMessage] = []
         self.idled: list[Link] = []
+        self.stalls: list[Link] = []
         self.losses: list[str] = []
         self.accepted: list[Stream] = []
         self.reached: list[Stream] = []
@@ -93,6 +103,10 @@ class End(Session):
     def lost(self, link: Link, reason: str) -> None:
         super().lost(link, reason)
         self.losses.append(reason)
+
+    def stalled(self, link: Link) -> None:
+        super().stalled(link)
+        self.stalls.append(link)
 
     def stream_opened(self, stream: Stream) -> None:
         super().stream_opened(stream)
@@ -743,6 +757,19 @@ class TestPace:
             assert wire.link._read_size == limits.SCRATCH_BYTES
 
 
+def fails(code: int) -> Callable[..., int]:
+    def call(*_arguments: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def pass_time(wire: Wire, seconds: float) -> None:
+    """Time passes, and alarms run; what the link wrote reaches the peer, whose answers do not come back yet."""
+    wire.reactor.advance(seconds)
+    wire.carry_out()
+
+
 class TestLife:
     def sweep(self, wire: Wire, now: float) -> None:
         wire.reactor.now = now
@@ -789,14 +816,15 @@ class TestLife:
         assert wire.end.losses == []
 
     def test_pings_go_only_into_silence(self):
+        """Exactly 15 s after the last byte, not with the next sweep."""
         wire = Wire()
-        self.sweep(wire, limits.PING_AFTER_SECONDS)
-        assert wire.got == []
-        self.sweep(wire, limits.PING_AFTER_SECONDS + 1)
-        assert wire.got == [Ping(number=1)]
-        wire.got.clear()
-        self.sweep(wire, limits.PING_AFTER_SECONDS + 3)
-        assert wire.got == []
+        for _ in range(3):
+            pass_time(wire, limits.PING_AFTER_SECONDS - EDGE)
+            assert wire.got == []
+            pass_time(wire, 2 * EDGE)
+            assert [type(message) for message in wire.got] == [Ping]
+            wire.run()  # answered, and the 15 s begin again
+            wire.got.clear()
 
     def test_an_rfc_6455_ping_goes_along_for_proxies_that_count_only_those(self):
         wire = Wire()
@@ -827,6 +855,280 @@ class TestLife:
         wire.open(2)
         self.sweep(wire, limits.PONG_WITHIN_SECONDS + 1)
         assert not wire.link.protocol.close_sent
+
+
+class TestLiveness:
+    """The clocks of `liveness`, as the reactor's alarms and the socket drive them."""
+
+    def test_dead_ten_seconds_after_an_unanswered_ping(self):
+        wire = Wire()
+        pass_time(wire, limits.PING_AFTER_SECONDS + limits.PONG_WITHIN_SECONDS - EDGE)
+        assert wire.end.losses == []
+        pass_time(wire, 2 * EDGE)
+        assert wire.end.losses == ["no answer for 25 s"]
+        assert wire.end.stalls == [], "nothing was in flight"
+
+    @pytest.mark.parametrize("side", ["client", "server"])
+    def test_data_in_flight_for_three_seconds_stalls_the_link_which_is_dead_five_later(self, side):
+        wire = Wire(side)
+        _stream, application = wire.open()
+        wire.reactor.advance(1)
+        write(application, b"x")
+        wire.turn()
+        pass_time(wire, STALL_SECONDS - EDGE)
+        assert wire.end.stalls == []
+        wire.got.clear()
+        pass_time(wire, 2 * EDGE)
+        assert wire.end.stalls == [wire.link]
+        assert [type(message) for message in wire.got] == [Ping]
+        pass_time(wire, STALL_ANSWER_SECONDS - 3 * EDGE)
+        assert wire.end.losses == []
+        pass_time(wire, 3 * EDGE)
+        assert wire.end.losses == ["no answer for 9 s"]
+        assert len(wire.end.stalls) == 1
+
+    def test_a_long_path_is_given_four_round_trips(self):
+        wire = Wire()
+        _stream, application = wire.open()
+        wire.link.round_trip = 2.0
+        write(application, b"x")
+        wire.turn()
+        pass_time(wire, 8 - EDGE)
+        assert wire.end.stalls == []
+        pass_time(wire, 2 * EDGE)
+        assert wire.end.stalls == [wire.link]
+
+    def test_bytes_that_come_back_are_progress(self):
+        wire = Wire()
+        _stream, application = wire.open()
+        for _ in range(10):
+            write(application, b"x")
+            wire.turn()
+            pass_time(wire, STALL_SECONDS - EDGE)
+            wire.put(b"\x8a\x80\1\2\3\4")
+            wire.turn()
+        assert wire.end.stalls == []
+
+    def test_a_reply_that_waits_unread_at_the_deadline_saves_the_link(self):
+        """Death needs a read that began after the deadline: perhaps it was we who had no time."""
+        wire = Wire()
+        pass_time(wire, 24.9)
+        wire.put(b"\x8a")  # one byte of a frame
+        pass_time(wire, 15.0)
+        assert wire.end.losses == []
+        wire.got.clear()
+        pass_time(wire, 0.2)
+        assert [type(message) for message in wire.got] == [Ping], "silent for 15 s since it was read"
+
+    def test_an_end_that_waits_unread_at_the_deadline_is_what_it_is(self):
+        wire = Wire()
+        pass_time(wire, 24.9)
+        hang_up(wire.far)
+        pass_time(wire, 0.1)
+        assert wire.end.losses == ["connection closed without a close frame"]
+
+    def test_a_ping_behind_a_blocked_frame_is_not_late_before_it_is_written(self):
+        wire = Wire()
+        wire.near.outgoing.room = 0
+        wire.put(encode_frame(Opcode.PING, b"", key=wire.key))  # its pong blocks, and asks for no answer itself
+        wire.turn()
+        assert wire.link.blocked
+        pass_time(wire, 30)
+        assert wire.got == [] and wire.end.losses == []
+        wire.near.outgoing.room = None
+        wire.turn()
+        wire.carry_out()
+        assert [type(message) for message in wire.got] == [Ping]
+        pass_time(wire, limits.PONG_WITHIN_SECONDS - EDGE)
+        assert wire.end.losses == []
+        pass_time(wire, 2 * EDGE)
+        assert wire.end.losses == ["no answer for 40 s"]
+
+    def test_data_behind_a_blocked_frame_is_not_in_flight(self):
+        wire = Wire()
+        _stream, application = wire.open()
+        wire.near.outgoing.room = 0
+        write(application, b"x")
+        wire.turn()
+        pass_time(wire, STALL_SECONDS + 1)
+        assert wire.end.stalls == []
+        wire.near.outgoing.room = None
+        wire.turn()
+        pass_time(wire, STALL_SECONDS)
+        assert wire.end.stalls == [wire.link]
+
+    def test_after_a_sleep_it_is_asked_at_once(self):
+        wire = Wire()
+        wire.reactor.now = 5.0  # of those that it was awake
+        wire.link.woke(5.0)
+        wire.put(b"\x8a")  # may have waited in the kernel all the while
+        wire.turn()
+        assert wire.got == []
+        pass_time(wire, 0)
+        assert [type(message) for message in wire.got] == [Ping]
+        pass_time(wire, limits.PONG_WITHIN_SECONDS - EDGE)
+        assert wire.end.losses == []
+        pass_time(wire, 2 * EDGE)
+        assert len(wire.end.losses) == 1
+
+    def test_before_the_greeting_nothing_is_asked(self):
+        """No message may go then. The deadline of the greeting is the sweep's."""
+        wire = Wire(greet=False)
+        pass_time(wire, 60)
+        assert wire.got == [] and wire.end.losses == []
+        wire.greet()
+        pass_time(wire, 1.1)
+        wire.got.clear()
+        pass_time(wire, limits.PING_AFTER_SECONDS)
+        assert [type(message) for message in wire.got] == [Ping]
+
+    def test_alarms_of_a_link_that_is_gone_do_nothing(self):
+        wire = Wire()
+        _stream, application = wire.open()
+        write(application, b"x")
+        wire.turn()
+        wire.link.lose("cut")
+        wire.near.outgoing.sent.clear()
+        wire.reactor.advance(100)
+        assert wire.end.losses == ["cut"]
+        assert wire.end.stalls == []
+        assert not wire.near.outgoing.sent
+
+    @pytest.mark.parametrize(
+        ("end", "silent"),
+        [("time", True), ("timeout", True), ("timeout while writing", True), ("reset", False), ("end", False)],
+    )
+    def test_a_stream_is_told_whether_its_link_fell_silent(self, end, silent):
+        """After silence it trusts only links that were heard since; a connection that was ended says so itself."""
+        wire = Wire("client")
+        wire.end.resume_window = 300.0
+        stream, application = wire.open()
+        wire.reactor.advance(1)
+        wire.put(b"\x8a")
+        wire.turn()
+        if end == "time":
+            wire.reactor.advance(60)
+        elif end == "timeout":
+            wire.near.recv_into = fails(errno.ETIMEDOUT)
+            wire.put(b"x")
+        elif end == "timeout while writing":
+            wire.near.sendmsg = wire.near.send = fails(errno.ETIMEDOUT)
+            write(application, b"x")
+        elif end == "reset":
+            wire.near.reset_by_peer = True
+        else:
+            hang_up(wire.far)
+        wire.turn()
+        assert len(wire.end.losses) == 1
+        assert stream.outcome is None and stream.link is None
+        assert stream.proof_after == (1.0 if silent else -math.inf)
+
+    def test_a_link_in_its_closing_handshake_is_not_asked(self):
+        wire = Wire()
+        wire.link.close(1000, "done")
+        wire.carry_out()
+        wire.got.clear()
+        pass_time(wire, 100)
+        assert wire.got == [] and wire.end.losses == []
+
+    def test_a_fault_of_ours_in_an_alarm_ends_that_link_only(self, monkeypatch):
+        end = End(MemoryReactor())
+        wire, other = Wire(end=end), Wire(end=end)
+
+        def broken(*_arguments: object) -> None:
+            raise ValueError("our bug")
+
+        monkeypatch.setattr(link_module.sockets, "unsent", lambda sock: broken() if sock is wire.near else None)
+        wire.reactor.advance(limits.PING_AFTER_SECONDS)
+        assert end.losses == ["internal error: ValueError('our bug')"]
+        assert end.links == {other.link}
+
+    def test_a_resume_that_is_not_answered_closes_the_link(self):
+        wire = Wire("client")
+        wire.end.resume_window = 300.0
+        stream = wire.end.make_stream(identify(1), egress=False, target="tcp:db:1", peer="application")
+        stream.state.epoch = 1
+        wire.link.resume(stream)
+        wire.carry_out()
+        assert [type(message) for message in wire.got] == [Resume]
+        assert wire.link.protocol.state is Exchange.RESUMING
+        wire.reactor.now = limits.PONG_WITHIN_SECONDS
+        wire.link.sweep(wire.reactor.now)
+        assert not wire.link.protocol.close_sent
+        wire.reactor.now += 0.1
+        wire.link.sweep(wire.reactor.now)
+        wire.carry_out()
+        assert wire.got[-1] == PeerClosed(1002, "resuming was not answered")
+        assert stream.outcome is None and stream.link is None
+
+
+class TestFrames:
+    """A frame that was begun is finished, so on a slow path it must be small."""
+
+    def slow(self, wire: Wire, rate: int, seconds: float, step: float = 0.05) -> bytes:
+        """What a connection that takes `rate` bytes a second takes meanwhile."""
+        sent = bytearray()
+        for _ in range(round(seconds / step)):
+            wire.reactor.now += step
+            wire.near.outgoing.room = round(rate * step)
+            wire.turn()
+            sent += wire.near.outgoing.sent
+            wire.near.outgoing.sent.clear()
+        return bytes(sent)
+
+    @staticmethod
+    def sizes(data: bytes) -> list[int]:
+        """Payload lengths of the binary frames in what a server sent."""
+        found, position = [], 0
+        while position + 10 <= len(data):
+            size, header = data[position + 1], 2
+            if size == 126:
+                size, header = int.from_bytes(data[position + 2 : position + 4], "big"), 4
+            elif size == 127:
+                size, header = int.from_bytes(data[position + 2 : position + 10], "big"), 10
+            if data[position] & 15 == Opcode.BINARY:
+                found.append(size)
+            position += header + size
+        return found
+
+    RATE = 6000
+
+    def blocked(self, size: int) -> Wire:
+        """A link that has taken nothing of this much data yet."""
+        wire = Wire()
+        _stream, application = wire.open()
+        wire.near.outgoing.room = 0
+        write(application, bytes(size))
+        for _ in range(size // len(wire.reactor.scratch) + 1):
+            wire.turn()
+        return wire
+
+    def test_shrink_to_what_a_quarter_of_a_second_takes(self):
+        wire = self.blocked(150_000)
+        sizes = self.sizes(self.slow(wire, self.RATE, 20))
+        limit = self.RATE * FRAME_SECONDS
+        assert max(sizes[:2]) > 2 * limit, "nothing was known yet"
+        assert len(sizes) > 20
+        assert max(sizes[2:]) <= limit * 1.25
+
+    def test_so_control_overtakes_queued_data_in_time(self):
+        wire = self.blocked(150_000)
+        self.slow(wire, self.RATE, 10)
+        wire.put(encode_frame(Opcode.TEXT, encode(Ping(number=77)), key=wire.key))
+        sent = self.slow(wire, self.RATE, 2 * FRAME_SECONDS)
+        assert encode(Pong(number=77)) in sent
+
+    def test_never_less_than_a_kibibyte(self):
+        wire = self.blocked(50_000)
+        sizes = self.sizes(self.slow(wire, 400, 200, step=0.5))
+        assert max(sizes[3:]) == KIB
+
+    def test_double_where_the_path_takes_everything(self):
+        wire = self.blocked(250_000)
+        wire.near.outgoing.room = None
+        wire.turn()
+        assert wire.link._write_pace.frame == 2 * 16 * KIB
+        assert max(self.sizes(bytes(wire.near.outgoing.sent))) == 16 * KIB, "a block of the replay buffer"
 
 
 class TestClosing:

@@ -55,7 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli.group", "cli.options", "cli.running"),
     ("cli",),
     ("cli.client", "cli.demo_child", "cli.demo_processes", "cli.invite", "cli.login", "cli.profiles", "cli.server"),
-    ("cli.demo_target",),
+    ("cli.demo_relay", "cli.demo_target"),
     ("cli.demo_load",),
     ("cli.demo_screen",),
     ("cli.demo",),

@@ -313,13 +313,16 @@ class TestOpen:
         await peer.send(opening(2, n=2))
         assert identify(1) not in tombstones
 
-    async def test_else_after_five_minutes(self, make_world: Make, autojump_clock: MockClock) -> None:
-        world = make_world()
+    @pytest.mark.parametrize(("longest", "remembered"), [(3600, 3600), (0, 300)])
+    async def test_else_after_the_longest_window_of_any_stream(
+        self, make_world: Make, autojump_clock: MockClock, longest: int, remembered: int
+    ) -> None:
+        world = make_world(max_resume_window=longest)
         world.nursery.start_soon(world.server.sweep_forever)
         peer = Peer(world)
         await peer.send(hello(), opening(1))
         await peer.finish(1)
-        await trio.sleep(limits.TOMBSTONE_SECONDS - 2)
+        await trio.sleep(remembered - 2)
         assert identify(1) in world.server._principals["alice"].tombstones
         await trio.sleep(4)
         assert identify(1) not in world.server._principals["alice"].tombstones
@@ -387,6 +390,38 @@ class TestLimits:
         await peers[2].send(Reset(n=1, code="limit"))
         await peers[0].send(Reset(n=1, code="reset"))
         assert Opened(n=2, address="10.0.0.5:5432") in await peers[2].send(opening(9, n=2))
+
+    @pytest.mark.parametrize(("descriptors", "streams"), [(10, 4), (100, 46), (1_000_000, 16384)])
+    async def test_a_principal_gets_a_part_of_the_descriptors(
+        self, make_world: Make, descriptors: int, streams: int
+    ) -> None:
+        """46 % for links and as many for streams' targets: others still get in."""
+        world = make_world()
+        world.server._descriptors = descriptors
+        assert world.server.share(limits.PRINCIPAL_STREAMS) == streams
+        assert world.server.share(3) == 3
+        if streams > 10:
+            return
+        peers = [Peer(world) for _ in range(streams + 1)]
+        for number, peer in enumerate(peers):
+            answers = await peer.send(hello(), opening(number))
+            full = Reset(n=1, code="limit", message="too many streams")
+            assert (full in answers) is (number == streams)
+        assert world.server._links_of("alice") == streams + 1, "links are refused before their upgrade"
+
+    async def test_links_get_the_same_part(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: LogLines
+    ) -> None:
+        async with serving(tmp_path) as server:
+            monkeypatch.setattr(server.server, "_descriptors", 5)
+            monkeypatch.setattr(limits, "HANDSHAKES_DIVISOR", 1)
+            held = []
+            for status in (101, 101, 503):
+                held.append(await Stranger.connect(server.port))
+                assert await held[-1].upgrade(server.token) == status
+            for one in held:
+                await one.close()
+        assert [line["reason"] for line in lines("connection refused")] == ["too many links"]
 
     async def test_at_three_quarters_of_the_budget_opens_get_limit(self, make_world: Make) -> None:
         world = make_world()
@@ -739,6 +774,20 @@ class TestCrowd:
             # A user gets in all the same, and the younger stranger is still there.
             assert await strangers[2].upgrade(server.token) == 101
             assert await strangers[1].upgrade(None) == 401
+            for stranger in strangers:
+                await stranger.close()
+
+    async def test_they_take_a_sixteenth_of_the_descriptors_at_most(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with serving(tmp_path) as server:
+            monkeypatch.setattr(server.server, "_descriptors", 2 * limits.HANDSHAKES_DIVISOR)
+            strangers = []
+            for count in (1, 2, 2):
+                strangers.append(await Stranger.connect(server.port))
+                await until(lambda count=count: len(server.server._handshakes) == count)
+                await wait_all_tasks_blocked(0.01)
+            assert await self.gone(strangers[0])
             for stranger in strangers:
                 await stranger.close()
 

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from tests.memory import MemoryReactor, MemorySocket
-from tests.test_link import SESSION, End, Wire, close_write, hang_up, identify, read, write
+from tests.test_link import HELLO, SESSION, End, Wire, close_write, hang_up, identify, read, write
 from wstunnel import limits, logs
 from wstunnel.link import Link
-from wstunnel.server import ServerSession
+from wstunnel.server_session import ServerSession
 from wstunnel.session import HALF_CLOSED_SWEEPS, Principal, Session
 from wstunnel.wire.credit import Budget
-from wstunnel.wire.messages import Ack, Bye, Need, Ping, Reset
+from wstunnel.wire.messages import Ack, Bye, Need, Reset
 from wstunnel.wire.protocol import PeerClosed
 from wstunnel.wire.states import Exchange
 
@@ -192,9 +192,13 @@ class TestSweep:
         assert good_stream.outcome is None
 
     def test_links_keep_their_deadlines(self):
-        wire = Wire()
-        sweep(wire, limits.PING_AFTER_SECONDS + 1)
-        assert Ping(number=1) in wire.got
+        wire = Wire(greet=False)
+        sweep(wire, limits.HANDSHAKE_SECONDS)
+        assert not wire.link.protocol.close_sent
+        sweep(wire, limits.HANDSHAKE_SECONDS + 0.1)
+        assert [message for message in wire.got if isinstance(message, PeerClosed)] == [
+            PeerClosed(1002, "no hello in time")
+        ]
 
     def test_sockets_with_nothing_wanted_are_looked_at_where_the_reactor_cannot(self):
         wire = Wire("client", end=End(MemoryReactor(), window=4))
@@ -314,7 +318,8 @@ class TestBudgets:
         reactor = MemoryReactor()
         principal = Principal("someone", Budget(1 << 30), {})
         principal.budget.charge(int(principal.budget.capacity * 0.75))
-        session = ServerSession(SESSION, principal, SimpleNamespace(reactor=reactor, share=lambda most: most))
+        server = SimpleNamespace(reactor=reactor, share=lambda most: most, max_resume_window=0)
+        session = ServerSession(SESSION, principal, server, HELLO)
         wire = Wire()
         wire.link.owner = session
         wire.begin()
@@ -369,6 +374,63 @@ class TestBudgets:
         assert stream.outcome is not None
         assert not end.losses
         assert wire.link.protocol.state is wire.peer.state is Exchange.IDLE
+
+
+class TestDetached:
+    def cut(self, wire: Wire) -> None:
+        hang_up(wire.far)
+        wire.run()
+
+    def test_the_one_that_has_waited_longest_of_all_principals_goes(self, monkeypatch, caplog):
+        monkeypatch.setattr(limits, "DETACHED", 2)
+        caplog.set_level(logging.WARNING, logger="wstunnel")
+        reactor, everyone, process = MemoryReactor(), {}, Budget(1 << 40)
+        ends = [End(reactor, name=name, everyone=everyone, process=process) for name in ("one", "two", "three")]
+        streams = []
+        for number, end in enumerate(ends):
+            end.resume_window = 300.0
+            wire = Wire(end=end)
+            streams.append(wire.open(number)[0])
+            reactor.advance(1)
+            if number == 0:
+                wire_one = wire
+            else:
+                self.cut(wire)
+        self.cut(wire_one)
+        reason = "too many streams without a link: the oldest is reset"
+        assert [stream.outcome for stream in streams] == [None, ("limit", reason), None]
+        assert [end.principal.detached for end in ends] == [1, 0, 1]
+        assert [str(record.msg.text) for record in caplog.records].count(reason) == 1
+
+    def test_without_a_window_the_stream_ends_with_its_link(self):
+        wire = Wire()
+        stream, application = wire.open()
+        self.cut(wire)
+        assert stream.outcome == ("lost", "connection closed without a close frame")
+        assert application.reset_by_peer and wire.end.principal.detached == 0
+
+    def test_a_reset_that_was_asked_for_counts_for_the_end_that_does_not_resume(self):
+        for resumes in (False, True):
+            wire = Wire()
+            wire.end.resume_window, wire.end.resumes = 300.0, resumes
+            stream, _application = wire.open()
+            stream.reset("idle", "enough")
+            wire.carry_out()
+            self.cut(wire)
+            assert stream.outcome == (None if resumes else ("idle", "enough"))
+            assert len(wire.end._detached) == resumes
+
+    def test_the_window_ends_with_a_sweep(self):
+        wire = Wire()
+        wire.end.resume_window = 10.0
+        stream, application = wire.open()
+        wire.reactor.now = 5.0
+        self.cut(wire)
+        wire.end.sweep(14.9)
+        assert stream.outcome is None and not application.reset_by_peer
+        wire.end.sweep(15.0)
+        assert stream.outcome == ("lost", "no link for 10 s")
+        assert application.reset_by_peer and not wire.end.streams
 
 
 class TestClose:

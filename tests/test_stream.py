@@ -113,18 +113,19 @@ class TestStart:
         wire.run()
         assert stream.outcome == ("limit", "cannot wait for descriptor 7")
 
-    def test_without_a_link_the_socket_waits(self):
-        """While a stream has no link, its application's bytes stay in the kernel."""
+    def test_without_a_link_it_reads_up_to_the_limit_of_the_peer(self):
+        """What the peer gave credit for can be read now as well as later; the rest stays in the kernel."""
         reactor = MemoryReactor()
-        end = End(reactor)
+        end = End(reactor, window=1000)
         stream = end.make_stream(identify(1), egress=True, target="t", peer="p")
         application, local = MemorySocket.pair()
-        write(application, b"x")
+        write(application, bytes(1500))
         stream.connected(reactor, local, "address")
+        assert stream.state.opened
         reactor.turn(stream)
-        stream.on_writable()
+        assert stream.outbound.replay.end == 1000
         assert stream.mask == 0
-        assert stream.outbound.replay.end == 0
+        assert len(local.incoming.arrived) == 500
         stream.reset("reset", "gone")
         assert stream.outcome == ("reset", "gone")
         assert application.reset_by_peer

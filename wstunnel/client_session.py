@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import NamedTuple
 
 import trio
@@ -333,6 +334,7 @@ class ClientSession(Session):
             self.reactor.later(link.flush)
         else:
             stream.state.epoch += 1
+            stream.asked = self._boots[link]
             link.resume(stream)
 
     def stream_resumed(self, stream: Stream) -> None:
@@ -353,7 +355,7 @@ class ClientSession(Session):
         """A stream that this very server was never asked for is opened afresh, under a new id: the old one is refused
         for good, so whatever is still held back on the way dials nothing."""
         state = stream.state
-        if not state.unanswered() or stream.boot != self._boot:
+        if not state.unanswered() or stream.boot != stream.asked:
             return False
         del self.streams[state.id]
         state.id = secrets.token_urlsafe(16)
@@ -370,11 +372,11 @@ class ClientSession(Session):
 
     def _server_detached(self, message: Detached) -> None:
         """The server noticed first that links are gone. What it asks for and we do not have is gone."""
-        for stream_id in message.streams:
+        for stream_id, epoch in zip_longest(message.streams, message.epochs[: len(message.streams)]):
             stream = self.streams.get(stream_id)
             if stream is None:
                 self._unknown[stream_id] = None
-            elif stream.link is not None and stream.link.protocol.state is not Exchange.RESUMING:
+            elif stream.link is not None and stream.state.epoch == (stream.state.epoch if epoch is None else epoch):
                 stream.link.give_up_stream("the server has lost this link")
                 self.stream_detached(stream)
         self._tell_unknown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import socket
 import ssl
@@ -152,7 +153,7 @@ class Link(Handler):
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            self.lose(f"connection failed: {error.strerror}")
+            self._broke(error)
             return 0
         if not size:
             self._ended()
@@ -180,7 +181,7 @@ class Link(Handler):
             self._want()
         except OSError as error:
             if not filled:
-                self.lose(f"connection failed: {error.strerror or error}")
+                self._broke(error)
                 return 0
             self.reactor.again(self)  # the error comes again once what was read is handled
         else:
@@ -346,7 +347,7 @@ class Link(Handler):
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
-            self.lose(f"connection failed: {error.strerror}")
+            self._broke(error)
             return size
         if sent == size:
             self._write_pace.took(size)
@@ -405,7 +406,7 @@ class Link(Handler):
         except (BlockingIOError, InterruptedError, ssl.SSLWantWriteError):
             pass
         except OSError as error:
-            self.lose(f"connection failed: {error.strerror or error}")
+            self._broke(error)
             return False
         self._pending = pending
         return False
@@ -502,7 +503,7 @@ class Link(Handler):
             if now >= self._closing_at:
                 self.lose("closed")
         elif self._pending is not None and now - self._progress_at > limits.STALLED_SECONDS:
-            self.lose(f"the peer took nothing for {now - self._progress_at:.0f} s")
+            self.lose(f"the peer took nothing for {now - self._progress_at:.0f} s", silent=True)
         elif not self.protocol.greeted:
             if now - self.created > limits.HANDSHAKE_SECONDS:
                 self.close(1002, "no hello in time" if self.protocol.side == "server" else "no welcome in time")
@@ -539,7 +540,7 @@ class Link(Handler):
         unsent = sockets.unsent(self.sock)
         verdict = self._liveness.check(now, self.round_trip, unsent, late)
         if verdict is Verdict.DEAD:
-            self.lose(f"no answer for {now - self.last_received:.0f} s")
+            self.lose(f"no answer for {now - self.last_received:.0f} s", silent=True)
             return
         if verdict is not Verdict.FINE:
             self.ping()
@@ -577,7 +578,7 @@ class Link(Handler):
                 else:
                     self.sock.shutdown(socket.SHUT_WR)
             except OSError as error:
-                self.lose(f"connection failed: {error.strerror}")
+                self._broke(error)
 
     def _end_tls(self, sock: ssl.SSLSocket) -> None:
         """RFC 8446 §6.1: a close_notify MUST go before the end; without one OpenSSL answers with an error alert."""
@@ -589,17 +590,23 @@ class Link(Handler):
         # SSLSocket's own method forgets the TLS state, and reading goes on.
         socket.socket.shutdown(sock, socket.SHUT_WR)
 
-    def lose(self, reason: str) -> None:
-        """The connection is gone: close the socket, tell the stream, then the owner. Idempotent."""
+    def lose(self, reason: str, *, silent: bool = False) -> None:
+        """The connection is gone: close the socket, tell the stream, then the owner. Idempotent.
+
+        `silent`: nobody said so, it only fell silent, and so may have others that nobody has looked at since.
+        """
         if self.sock is None:
             return
         self.reactor.drop(self)
         self.protocol.close_sent = True
         self._pending = None
         if self.stream is not None:
-            self.stream.proof_after = self.last_received
+            self.stream.proof_after = self.last_received if silent else -math.inf
         self._detach(reason)
         self.owner.lost(self, reason)
+
+    def _broke(self, error: OSError) -> None:
+        self.lose(f"connection failed: {error.strerror or error}", silent=error.errno == errno.ETIMEDOUT)
 
     def on_hangup(self) -> None:
         self.lose("connection failed")  # pragma: no cover  # a link always wants to read

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _log = logs.logger("server")
 
-DETACHED_IDS = 512
+DETACHED_IDS = 256
 """Ids in one `detached`: the most that the message may have."""
 
 
@@ -102,8 +102,9 @@ class ServerSession(Session):
             return
         waiting = [stream for stream in self._untold if stream.link is None and stream.outcome is None]
         self._untold = dict.fromkeys(waiting[DETACHED_IDS:])
-        if waiting:
-            control.send(Detached(streams=[stream.state.id for stream in waiting[:DETACHED_IDS]]))
+        told = [stream.state for stream in waiting[:DETACHED_IDS]]
+        if told:
+            control.send(Detached(streams=[state.id for state in told], epochs=[state.epoch for state in told]))
 
     def _resume(self, link: Link, message: Resume) -> None:
         """The client goes on with a stream on this link: detach first, then compare, all in this call."""

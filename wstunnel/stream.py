@@ -74,6 +74,7 @@ class Stream(Handler):
     Attributes:
         outcome: None while it lives, then (code, message); code `finished` for a clean end.
         address: what the egress dialled.
+        asked: at the client: boot id of the server that was last asked to resume it.
         boot: at the client: of the server that was asked to open it.
         proof_after: goes on only on a link that received something later than this: its last one fell silent then.
         application: at the egress, the application's address as the peer claims it.
@@ -82,8 +83,8 @@ class Stream(Handler):
     """
 
     __slots__ = (
-        "_announced", "_read_done", "_write_failed", "address", "application", "boot", "created", "dialling", "inbound",
-        "link", "note", "outbound", "outcome", "owner", "peer", "proof_after", "reason", "state", "target",
+        "_announced", "_read_done", "_write_failed", "address", "application", "asked", "boot", "created", "dialling",
+        "inbound", "link", "note", "outbound", "outcome", "owner", "peer", "proof_after", "reason", "state", "target",
     )  # fmt: skip
 
     def __init__(self, state: StreamState, owner: StreamOwner, *, target: str, peer: str, now: float) -> None:
@@ -97,6 +98,7 @@ class Stream(Handler):
         self.address = ""
         self.application = ""
         self.note = ""
+        self.asked = ""
         self.boot = ""
         self.proof_after = -math.inf
         self.created = now

@@ -122,7 +122,11 @@ class Relay(Process):
         try:
             yield
         finally:
-            assert self._command("calm") == "ok"
+            self.calm()
+
+    def calm(self) -> None:
+        """No more `faults` from now on."""
+        assert self._command("calm") == "ok"
 
     def counts(self) -> Counts:
         """What happened so far."""

@@ -64,8 +64,19 @@ class Place:
         return self._kept(socket.create_connection(("127.0.0.1", self._port), timeout=WAIT_SECONDS))
 
     def accept(self) -> socket.socket:
-        """The target's end of the oldest stream that was not accepted yet."""
-        return self._kept(self._listener.accept())
+        """The target's end of the oldest stream that was not accepted yet.
+
+        Waits for it without end: it is the application at the other end that gives up.
+
+        Raises:
+            ConnectionAbortedError: `end` was called.
+        """
+        while not self._over:
+            try:
+                return self._kept(self._listener.accept())
+            except TimeoutError:
+                continue
+        raise ConnectionAbortedError("another part of the workload has failed")
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
         """Both ends of one new stream, when no other is being made."""
@@ -81,6 +92,7 @@ class Place:
                     sock.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass  # it is closed or was never connected
+        socket.create_connection(("127.0.0.1", self._listener.port), timeout=WAIT_SECONDS).close()  # wakes `accept`
 
     def forget(self, sock: socket.socket) -> None:
         """Close one that is done with."""
@@ -94,6 +106,7 @@ class Place:
             self._sockets.append(sock)
             if self._over:
                 sock.close()
+                raise ConnectionAbortedError("another part of the workload has failed")
         return sock
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
@@ -21,7 +21,11 @@ import trio
 from tests.cli.conftest import ROOT, Invoke, Program
 from wstunnel.cli import demo, demo_screen
 from wstunnel.cli.demo_load import Latency, Load, Progress, Transfer
+from wstunnel.cli.demo_relay import Cut
 from wstunnel.errors import LocalError
+
+if TYPE_CHECKING:
+    from wstunnel.cli.demo_processes import Child
 
 RUN = """
 import sys
@@ -33,6 +37,21 @@ SMALL = RUN.format(transfer=8 << 20, round_trips=50)
 LONG = RUN.format(transfer=1 << 50, round_trips=50)
 FINE = LONG.replace("main([", "from wstunnel.cli import demo_screen; demo_screen.STEPS = 1 << 28; main([")
 """A line of progress every 4 MiB."""
+HALF = RUN.format(transfer=1 << 26, round_trips=1 << 40)
+"""Comes to its cuts, and never to an end."""
+CHANGED = """
+from wstunnel.cli.demo_processes import Processes
+_start = Processes.start
+def start(self, name, module, *arguments, environment=None):
+{change}
+    return _start(self, name, module, *arguments, environment=environment)
+Processes.start = start
+"""
+FORGETFUL = CHANGED.format(change="    arguments += ('--resume-window', '0') * (name == 'client')") + SMALL
+"""The client whose links are cut keeps no stream."""
+PAST = CHANGED.format(change="    environment = environment and vars(start).setdefault('first', environment)") + SMALL
+"""The second client goes where the first one goes: past the relay."""
+PROCESSES = {"target", "server", "relay", "direct-client", "client"}
 SHA = "[0-9a-f]{64}"
 
 Demo = Callable[..., "subprocess.Popen[str]"]
@@ -58,15 +77,24 @@ def start(program: Program, temporary: Path) -> Demo:
 
 
 def children(pid: int) -> dict[str, int]:
-    """The pids of a process's children, by the module that each runs and its first argument."""
-    found = {}
+    """The pids of a demo's processes, by the names that it calls them by."""
+    found: dict[str, int] = {}
     for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         try:
             words = Path(f"/proc/{number}/cmdline").read_text().split("\0")
         except OSError:
             continue
         if "-m" in words:
-            found[words[words.index("-m") + 2] or "target"] = int(number)
+            module, argument = words[words.index("-m") + 1 :][:2]
+            name = argument if module.endswith("_child") else module.rpartition("_")[2]
+            found["direct-client" if name == "client" and "direct-client" not in found else name] = int(number)
+    return found
+
+
+def running(process: subprocess.Popen[str]) -> dict[str, int]:
+    """The same, once all of them run."""
+    found = wait_until(lambda: len(found := children(process.pid)) == len(PROCESSES) and found)
+    assert set(found) == PROCESSES
     return found
 
 
@@ -97,11 +125,21 @@ def test_in_a_pipe(start: Demo, temporary: Path) -> None:
     assert "\r" not in stdout
     for label in ("up", "down"):
         assert re.findall(rf"^{label} +(\d+) %", stdout, re.M) == ["25", "50", "75", "100"]
+        # Between which steps depends on what is on its way: of so short a transfer, perhaps all.
+        cut = rf"^{label} +cut \d+ connections at 4 MiB \.\.\. went on after \d+\.\d\d s$"
+        assert len(re.findall(cut, stdout, re.M)) == 1
         sent = re.findall(rf"^{label} +sent +SHA-256 ({SHA})$", stdout, re.M)
         arrived = re.findall(rf"^{label} +arrived +SHA-256 ({SHA})  verified$", stdout, re.M)
         assert len(sent) == 1
         assert sent == arrived
-    for row in ("throughput up", "throughput down", "echo of 64 bytes", "opens", "Between two machines:"):
+    for row in (
+        "throughput up",
+        "throughput down",
+        "pause after a cut",
+        "echo of 64 bytes",
+        "opens",
+        "Between two machines:",
+    ):
         assert re.search(rf"^{row}", stdout, re.M)
     assert list(temporary.iterdir()) == []
 
@@ -125,15 +163,18 @@ def test_on_a_terminal(start: Demo, temporary: Path) -> None:
     assert text.count("\x1b[?25l") > 0
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
     assert text.count("verified") == 2
+    for label in ("up", "down"):
+        assert re.search(rf"{label} +\[#*-*\] +\d+%  cut \d+ links", text)
+        assert re.search(rf"^{label} +cut \d+ connections at 4 MiB \.\.\. went on after \d+\.\d\d s", text, re.M)
 
 
 def test_arguments_hold_no_secret(start: Demo) -> None:
     process = start(LONG)
-    pids = wait_until(lambda: len(found := children(process.pid)) == 3 and found)
-    assert set(pids) == {"target", "server", "client"}
+    pids = running(process)
     for pid in pids.values():
         assert "@" not in Path(f"/proc/{pid}/cmdline").read_text()
-    assert "WSTUNNEL_URL=wss://" in Path(f"/proc/{pids['client']}/environ").read_text()
+    for name in ("client", "direct-client"):
+        assert "WSTUNNEL_URL=wss://" in Path(f"/proc/{pids[name]}/environ").read_text()
 
 
 @pytest.mark.parametrize(
@@ -142,6 +183,8 @@ def test_arguments_hold_no_secret(start: Demo) -> None:
         (1, signal.SIGINT, 130),
         (2, signal.SIGINT, 130),
         (3, signal.SIGINT, 130),
+        (4, signal.SIGINT, 130),
+        (5, signal.SIGINT, 130),
         (1, signal.SIGTERM, 143),
         (2, signal.SIGHUP, 129),
     ],
@@ -156,23 +199,32 @@ def test_a_signal_while_starting(start: Demo, temporary: Path, number: int, code
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_the_middle_of_a_transfer(start: Demo, temporary: Path, number: int, code: int) -> None:
-    process = start(FINE)
+@pytest.mark.parametrize(
+    ("plan", "line", "number"),
+    [
+        (FINE, "up ", signal.SIGINT),
+        (FINE, "up ", signal.SIGTERM),
+        (HALF, "up    cut ", signal.SIGINT),
+        (HALF, "down  cut ", signal.SIGINT),
+    ],
+)
+def test_a_signal_in_the_middle_of_a_transfer(
+    start: Demo, temporary: Path, plan: str, line: str, number: signal.Signals
+) -> None:
+    process = start(plan)
     assert process.stdout is not None
-    assert any(line.startswith("up ") for line in process.stdout)
-    pids = children(process.pid)
-    assert len(pids) == 3
+    assert any(said.startswith(line) for said in process.stdout)
+    pids = running(process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (code, "")
+    assert (process.returncode, stderr) == (demo.EXIT_CODES[number], "")
     assert all(gone(pid) for pid in pids.values())
     assert list(temporary.iterdir()) == []
 
 
 def test_two_interrupts(start: Demo, temporary: Path) -> None:
     process = start(LONG)
-    pids = wait_until(lambda: len(found := children(process.pid)) == 3 and found)
+    pids = running(process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) in (130, 143)  # both may be pending at once
@@ -182,21 +234,42 @@ def test_two_interrupts(start: Demo, temporary: Path) -> None:
 
 def test_children_end_when_the_demo_is_killed(start: Demo) -> None:
     process = start(LONG)
-    pids = wait_until(lambda: len(found := children(process.pid)) == 3 and found)
+    pids = running(process)
     process.kill()
     for pid in pids.values():
         wait_until(partial(gone, pid))
 
 
-@pytest.mark.parametrize("name", ["server", "client", "target"])
+@pytest.mark.parametrize("name", sorted(PROCESSES))
 def test_a_child_that_dies_is_named(start: Demo, temporary: Path, name: str) -> None:
     process = start(LONG)
-    pids = wait_until(lambda: len(found := children(process.pid)) == 3 and found)
+    pids = running(process)
     os.kill(pids[name], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
     assert stderr.startswith(f"wstunnel: error: the demo's {name} was killed by signal 9")
     assert "Traceback" not in stderr
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_stream_that_is_lost_in_the_cut_is_an_error(start: Demo, temporary: Path) -> None:
+    process = start(FORGETFUL)
+    stdout, stderr = process.communicate(timeout=50)
+    assert process.returncode == 1
+    assert re.match(
+        r"wstunnel: error: the stream did not outlive the cut of its connection: the demo failed \(up\): ", stderr
+    )
+    assert "verified" not in stdout
+    assert "went on" not in stdout
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_cut_that_hits_nothing_is_an_error(start: Demo, temporary: Path) -> None:
+    process = start(PAST)
+    stdout, stderr = process.communicate(timeout=50)
+    assert process.returncode == 1
+    assert stderr.startswith("wstunnel: error: the connection of the stream was not cut (up), so this shows nothing")
+    assert stdout.count("verified") == 1
     assert list(temporary.iterdir()) == []
 
 
@@ -240,14 +313,81 @@ class Differing(Load):
         return Transfer(total, 0.1, b"a" * 32, b"b" * 32)
 
 
+class Obedient:
+    """A relay that says at once what became of each order."""
+
+    def __init__(self, said: str = "cut 14 1\non 0.210\n") -> None:
+        self.stdout = ""
+        self.orders: list[str] = []
+        self._said = said
+
+    def tell(self, line: str) -> None:
+        self.orders.append(line)
+        self.stdout += self._said
+
+
+async def transferred(said: str, transfer: Callable[[int], Transfer]) -> tuple[Transfer, Cut]:
+    relay = cast("Child", Obedient(said))
+    return await demo._transferred("up", 8 << 20, transfer, relay, Progress())
+
+
+def arrives(total: int) -> Transfer:
+    return Transfer(total, 0.1, b"a" * 32, b"a" * 32)
+
+
+def breaks(_total: int) -> Transfer:
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
 async def test_a_difference_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress()
+    load = Differing(("", 0), progress)
+    relay = Obedient()
     with pytest.raises(LocalError, match="not what was sent"):
-        await demo._measure(demo.Plan(), Differing(("", 0), progress), progress)
+        await demo._measure(demo.Plan(), load, load, cast("Child", relay), progress)
     stdout = capsys.readouterr().out
     assert f"down  arrived SHA-256 {(b'b' * 32).hex()}  DIFFERENT" in stdout
     assert stdout.count("verified") == 1
     assert "throughput" not in stdout
+    assert relay.orders == [str(128 << 20)] * 2
+
+
+async def test_the_cut_of_this_transfer_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    relay = Obedient()
+    relay.stdout = "listening 1\ncut 3 1\non 9.000\n"  # of an earlier transfer
+    done, cut = await demo._transferred("up", 8 << 20, arrives, cast("Child", relay), Progress())
+    assert done.verified
+    assert cut == Cut(14, 1, 0.21)
+    assert "up    cut 14 connections at 4 MiB ... went on after 0.21 s\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("", "was not cut"),
+        ("cut 0 0\n", "was not cut"),
+        ("cut 13 0\non 0.210\n", "was not cut"),
+        ("cut 14 1\n", "no data came over a new connection"),
+    ],
+)
+async def test_a_cut_that_shows_nothing(said: str, error: str) -> None:
+    with pytest.raises(LocalError, match=error):
+        await transferred(said, arrives)
+
+
+async def test_a_stream_that_breaks_in_the_cut(autojump_clock: trio.testing.MockClock) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        await transferred("cut 14 1\n", breaks)
+    (error,) = caught.value.exceptions
+    assert str(error).startswith("the stream did not outlive the cut of its connection: the demo failed (up): ")
+
+
+@pytest.mark.parametrize("said", ["", "cut 14 1\non 0.210\n"])
+async def test_a_stream_that_breaks_at_another_time(said: str, autojump_clock: trio.testing.MockClock) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        await transferred(said, breaks)
+    (error,) = caught.value.exceptions
+    assert str(error).startswith("the demo failed (up): ")
 
 
 async def test_a_stream_that_breaks_is_an_error(autojump_clock: trio.testing.MockClock) -> None:
@@ -279,18 +419,35 @@ def test_the_command_runs_the_plan(invoke: Invoke, monkeypatch: pytest.MonkeyPat
 def test_progress_in_a_pipe_never_repeats_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     with demo_screen.ProgressDisplay("up", 100 << 20) as display:
         for done in (0, 24 << 20, 60 << 20, 60 << 20, 99 << 20, 100 << 20, 100 << 20):
-            display.show(done)
+            display.show(done, None)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
         ["up", f"{percent}", "%", f"{percent}", "MiB"] for percent in (25, 50, 75, 100)
     ]
 
 
+@pytest.mark.parametrize("done", [45 << 20, 50 << 20, 80 << 20, 100 << 20])
+def test_the_cut_stands_after_its_half_in_a_pipe(done: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with demo_screen.ProgressDisplay("up", 100 << 20) as display:
+        display.show(40 << 20, Cut(14, 1, None))
+        display.show(done, Cut(14, 1, 0.21))
+        display.show(100 << 20, Cut(14, 1, 0.21))
+    lines = [line.removeprefix("up").strip() for line in capsys.readouterr().out.splitlines()]
+    cut = "cut 14 connections at 50 MiB ... went on after 0.21 s"
+    steps = [" ".join(line.split()[:2]) for line in lines if line != cut]
+    assert steps == ["25 %", "50 %", "75 %", "100 %"]
+    assert lines.count(cut) == 1
+    assert lines.index(cut) == (1 if done < 50 << 20 else 2)
+
+
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    transfer = Transfer(256 << 20, 0.5, b"a", b"a")
-    demo_screen.report_summary(transfer, transfer, Latency([0.0001] * 200), 1850.4)
+    transfer = Transfer(256 << 20, 0.75, b"a", b"a")
+    up, down = (transfer, Cut(14, 1, 0.25)), (transfer, Cut(13, 1, 0.5))
+    demo_screen.report_summary(up, down, Latency([0.0001] * 200), 1850.4)
     out = capsys.readouterr().out
-    assert "throughput up       537 MB/s  (256 MiB in 0.50 s)" in out
+    assert "throughput up       537 MB/s  (256 MiB in 0.50 s, through the relay, the pause apart)\n" in out
+    assert "throughput down     1,074 MB/s  (256 MiB in 0.25 s, through the relay, the pause apart)\n" in out
+    assert "pause after a cut   0.25 s up, 0.50 s down  (14 and 13 reset, nothing lost)\n" in out
     assert "echo of 64 bytes    100 µs p50, 100 µs p99" in out
     assert "opens               1,850 a second" in out
     assert sys.stdout is not None

@@ -92,6 +92,21 @@ async def test_a_process_that_is_killed_is_seen_by_the_watch() -> None:
             await processes.watch()
 
 
+async def test_a_process_is_told_a_line() -> None:
+    async with Processes() as processes:
+        child = processes.start("relay", "scripted", "print(input(), flush=True); time.sleep(60)")
+        child.tell("4711")
+        assert await processes.ready(child, lambda: child.stdout or None) == "4711\n"
+
+
+async def test_a_process_that_has_ended_is_told_nothing() -> None:
+    with pytest.raises(LocalError, match="the demo's relay has ended; it said last:\n    going"):
+        async with Processes() as processes:
+            child = processes.start("relay", "scripted", "print('going', file=sys.stderr)")
+            child.process.wait()
+            child.tell("4711")
+
+
 async def test_a_process_that_dawdles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_processes, "READY_SECONDS", 0.05)
     with pytest.raises(LocalError, match="the demo's target was not ready within 0 s"):

@@ -51,6 +51,72 @@ def test_path_refused(text: str, position: int) -> None:
     assert caught.value.grammar == options.PATH_GRAMMAR
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0", 0),
+        ("90", 90),
+        ("90s", 90),
+        ("5m", 300),
+        ("1h", 3600),
+        ("1h30m", 5400),
+        ("2h5", 7205),
+        ("1d", 86400),
+        ("1d2h3m4s", 93784),
+        ("007m", 420),
+        ("7d", 7 * 86400),
+        ("604800", 7 * 86400),
+    ],
+)
+def test_duration(text: str, seconds: int) -> None:
+    assert options.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        ("", 0),
+        ("m", 0),
+        ("-1", 0),
+        (" 5m", 0),
+        ("5m ", 2),
+        ("5 m", 1),
+        ("1.5h", 1),
+        ("5min", 2),
+        ("5M", 1),
+        ("1h 30m", 2),
+        ("90x", 2),
+        ("5m\n", 2),
+        ("\u0665m", 0),  # ARABIC-INDIC DIGIT FIVE
+    ],
+)
+def test_duration_refused(text: str, position: int) -> None:
+    with pytest.raises(UsageError, match=r"^not a time") as caught:
+        options.parse_duration(text)
+    assert caught.value.position == position
+    assert caught.value.grammar == options.DURATION_GRAMMAR
+
+
+@pytest.mark.parametrize("text", ["8d", "604801", "6d24h1s", "999999999d"])
+def test_duration_of_more_than_a_week(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^longer than a week") as caught:
+        options.parse_duration(text)
+    assert caught.value.grammar == options.DURATION_GRAMMAR
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("300", 300), ("5m", 300), ("1h", 3600)])
+def test_the_flag_takes_a_duration(text: str, seconds: int) -> None:
+    parameter = click.Option(["--resume-window"])
+    assert options.DURATION.convert(text, parameter, None) == seconds
+
+
+def test_the_flag_s_error_names_it() -> None:
+    parameter = click.Option(["--resume-window"])
+    with pytest.raises(UsageError, match="--resume-window") as caught:
+        options.DURATION.convert("soon", parameter, None)
+    assert caught.value.grammar == options.DURATION_GRAMMAR
+
+
 def test_an_argument_s_error_has_no_flag() -> None:
     parameter = click.Argument(["bind"])
     with pytest.raises(UsageError, match=r"^not an IP address"):

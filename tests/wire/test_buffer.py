@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from wstunnel.limits import BLOCK_BYTES
-from wstunnel.wire.buffer import OffsetBuffer
+from wstunnel.limits import BLOCK_BYTES, SCRATCH_BYTES
+from wstunnel.wire import buffer as module
+from wstunnel.wire.buffer import SPARE_BLOCKS, SPARE_FROM_BYTES, OffsetBuffer
 
 NOISE = random.Random(1).randbytes(1 << 20)
 
@@ -59,6 +60,20 @@ class BufferMachine(RuleBasedStateMachine):
         self.model += data
         self.buffer.append(memoryview(data) if kind is memoryview else kind(data))
         data[:] = bytes(len(data))  # it was copied: the scratch buffer is used again
+
+    @rule(size=st.sampled_from([SPARE_FROM_BYTES - 1, SPARE_FROM_BYTES, SCRATCH_BYTES, SCRATCH_BYTES + 1]))
+    def append_large(self, size: int) -> None:
+        self.append(size, memoryview)
+
+    @rule(size=st.sampled_from([SPARE_FROM_BYTES, SCRATCH_BYTES - 1, SCRATCH_BYTES]))
+    def adopt(self, size: int) -> None:
+        data = pattern(len(self.model), size)
+        scratch = memoryview(bytearray(SCRATCH_BYTES))
+        scratch[:size] = data
+        self.model += data
+        other = self.buffer.adopt(scratch[:size])
+        assert len(other) == SCRATCH_BYTES
+        other[:] = bytes(SCRATCH_BYTES)  # the next read goes there
 
     @rule(sizes=st.lists(st.integers(1, 40), min_size=10, max_size=60))
     def append_many(self, sizes: list[int]) -> None:
@@ -205,3 +220,75 @@ class TestMemory:
             assert tracemalloc.get_traced_memory()[0] - before < 150_000
         finally:
             tracemalloc.stop()
+
+
+@pytest.fixture
+def spare(monkeypatch: pytest.MonkeyPatch) -> list[bytearray]:
+    """The spare blocks, none at first."""
+    blocks: list[bytearray] = []
+    monkeypatch.setattr(module, "_spare", blocks)
+    return blocks
+
+
+class TestSpareBlocks:
+    """A fresh block of 256 KiB costs more than the copy into it."""
+
+    def test_what_was_released_is_used_again(self, spare: list[bytearray]) -> None:
+        first, second = OffsetBuffer(), OffsetBuffer()
+        first.append(b"a" * SCRATCH_BYTES)
+        block = first.view(0, 1).obj
+        first.release(SCRATCH_BYTES - 1)
+        assert spare == []
+        first.release(SCRATCH_BYTES)
+        assert [id(one) for one in spare] == [id(block)]
+        second.append(b"b" * SPARE_FROM_BYTES)
+        assert spare == []
+        assert second.view(0, 1).obj is block
+        assert read(second, 0, 1 << 20) == b"b" * SPARE_FROM_BYTES
+
+    @pytest.mark.parametrize("size", [1, BLOCK_BYTES, SPARE_FROM_BYTES - 1, SCRATCH_BYTES + 1])
+    def test_pieces_of_other_sizes_have_their_own(self, spare: list[bytearray], size: int) -> None:
+        buffer = OffsetBuffer()
+        buffer.append(bytes(size))
+        buffer.release(size)
+        assert spare == []
+
+    @pytest.mark.parametrize("way", ["at once", "one by one", "restart"])
+    def test_so_many_and_no_more(self, spare: list[bytearray], way: str) -> None:
+        buffer = OffsetBuffer()
+        count = SPARE_BLOCKS + 3
+        for _ in range(count):
+            buffer.append(bytes(SPARE_FROM_BYTES))
+        if way == "restart":
+            buffer.restart(7)
+        else:
+            for number in range(count) if way == "one by one" else [count - 1]:
+                buffer.release((number + 1) * SPARE_FROM_BYTES)
+        assert len(spare) == SPARE_BLOCKS
+        assert len({id(block) for block in spare}) == SPARE_BLOCKS
+        assert {len(block) for block in spare} == {SCRATCH_BYTES}
+
+    def test_adopted_is_not_copied(self, spare: list[bytearray]) -> None:
+        buffer = OffsetBuffer()
+        buffer.append(b"abc")
+        scratch = memoryview(bytearray(b"x" * SCRATCH_BYTES))
+        other = buffer.adopt(scratch[:SPARE_FROM_BYTES])
+        assert (buffer.start, buffer.end) == (0, 3 + SPARE_FROM_BYTES)
+        assert buffer.view(3, 1 << 20).obj is scratch.obj
+        assert other.obj is not scratch.obj
+        assert len(other) == SCRATCH_BYTES
+        buffer.release(buffer.end)
+        assert [id(block) for block in spare] == [id(scratch.obj)]
+
+    def test_an_adopted_block_is_exchanged_for_a_spare_one(self, spare: list[bytearray]) -> None:
+        spare.append(bytearray(SCRATCH_BYTES))
+        block = spare[0]
+        assert OffsetBuffer().adopt(memoryview(bytearray(SCRATCH_BYTES))).obj is block
+        assert spare == []
+
+    def test_small_pieces_after_it_do_not_join_it(self, spare: list[bytearray]) -> None:
+        buffer = OffsetBuffer()
+        buffer.append(b"a" * SPARE_FROM_BYTES)
+        buffer.append(b"b")
+        buffer.append(b"c")
+        assert read(buffer, SPARE_FROM_BYTES - 1, 100) == b"abc"

@@ -263,3 +263,33 @@ class TestLimit:
             now += seconds
             assert window.due(window.limit)
             window.grant(min(window.acked + more, window.limit), now, round_trip, budget_at(level))
+
+
+class TestRestate:
+    """A stream that moves to another link says again what it granted."""
+
+    def test_consumed_is_as_good_as_acked(self) -> None:
+        window = ReceiveWindow(100)
+        assert window.due(60)
+        assert window.restate(60) == 160
+        assert (window.acked, window.limit, window.size) == (60, 160, 100)
+        assert not window.due(60)
+        assert window.due(85)
+
+    def test_never_falls(self) -> None:
+        window = ReceiveWindow(100)
+        window.size = 10
+        assert window.restate(5) == 100
+        assert window.restate(95) == 105
+
+    def test_another_link_is_another_path_nothing_grows_across_it(self) -> None:
+        """The time without a link says nothing of the path: a window that was consumed around it does not count."""
+        budget = Budget(1 << 40)
+        window = ReceiveWindow(100)
+        window.grant(0, 1.0, 1.0, budget)
+        window.restate(50)
+        window.grant(100, 1.5, 1.0, budget)
+        window.grant(150, 1.6, 1.0, budget)
+        assert window.size == 100
+        window.grant(250, 1.7, 1.0, budget)
+        assert window.size == 200

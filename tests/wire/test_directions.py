@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wstunnel.errors import ProtocolError
-from wstunnel.limits import KIB, SEND_MAX, WINDOW_FIRST
+from wstunnel.errors import ProtocolError, StreamError
+from wstunnel.limits import KIB, SCRATCH_BYTES, SEND_MAX, WINDOW_FIRST
+from wstunnel.wire.buffer import SPARE_FROM_BYTES
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.directions import Inbound, Outbound
 from wstunnel.wire.states import Half
@@ -66,6 +67,17 @@ class TestSending:
         outbound.append(memoryview(b"def"))
         assert outbound.take(9) == b"def"
         assert outbound.budget.held == 6
+
+    def test_what_was_read_can_be_kept_where_it_is(self) -> None:
+        outbound = sender(b"abc")
+        scratch = memoryview(bytearray(b"x" * SCRATCH_BYTES))
+        other = outbound.adopt(scratch[:SPARE_FROM_BYTES])
+        other[:] = bytes(len(other))
+        assert outbound.budget.held == outbound.queued() == 3 + SPARE_FROM_BYTES
+        assert outbound.take(9) == b"abc"
+        assert outbound.take(1 << 20) == b"x" * SPARE_FROM_BYTES
+        outbound.acknowledge(3 + SPARE_FROM_BYTES, WINDOW_FIRST)
+        assert outbound.budget.held == 0
 
 
 class TestRoom:
@@ -260,6 +272,83 @@ class TestDiscardOut:
         assert not outbound.eof_due()
 
 
+class TestResumeOut:
+    """The sender goes on behind what the receiver has, from its replay buffer."""
+
+    def test_what_was_not_received_goes_out_again(self) -> None:
+        outbound = sender(b"abcdefgh", sent=6)
+        outbound.link_lost()
+        assert outbound.resume(4, 3, WINDOW_FIRST) == 2
+        assert (outbound.replay.start, outbound.cursor, outbound.budget.held) == (3, 4, 5)
+        assert outbound.take(99) == b"efgh"
+
+    def test_nothing_was_lost(self) -> None:
+        outbound = sender(b"abcdefgh", sent=6)
+        assert outbound.resume(6, 6, WINDOW_FIRST + 1) == 0
+        assert outbound.take(99) == b"gh"
+        assert outbound.limit == WINDOW_FIRST + 1
+
+    def test_more_arrived_than_we_knew_to_have_sent(self) -> None:
+        """After `restart` only: then nothing goes out for the second time."""
+        outbound = sender(b"abc", sent=3)
+        outbound.restart()
+        assert outbound.resume(3, 0, WINDOW_FIRST) == 0
+        assert outbound.take(9) is None
+
+    def test_an_end_on_the_link_may_be_lost(self) -> None:
+        outbound = finished_sender(5)
+        outbound.link_lost()
+        assert outbound.state is Half.OPEN
+        assert outbound.resume(5, 5, WINDOW_FIRST) == 0
+        assert outbound.eof_due()
+
+    def test_an_end_that_was_received(self) -> None:
+        outbound = finished_sender(5)
+        outbound.link_lost()
+        assert outbound.resume(6, 5, WINDOW_FIRST) == 0
+        assert outbound.state is Half.ENDED
+        assert not outbound.eof_due()
+        outbound.acknowledge(6, WINDOW_FIRST)
+        assert outbound.state is Half.DONE
+
+    def test_an_end_that_was_delivered(self) -> None:
+        outbound = finished_sender(5)
+        outbound.link_lost()
+        assert outbound.resume(6, 6, WINDOW_FIRST) == 0
+        assert outbound.state is Half.DONE
+        assert outbound.budget.held == 0
+        outbound.link_lost()
+        assert outbound.state is Half.DONE
+        assert outbound.resume(6, 6, WINDOW_FIRST) == 0
+
+    @pytest.mark.parametrize(
+        ("received", "consumed", "limit"),
+        [(1, 1, 1 << 30), (7, 2, 1 << 30), (3, 4, 1 << 30), (3, 1, 1 << 30), (4, 2, WINDOW_FIRST - 1)],
+    )
+    def test_what_cannot_be_changes_nothing(self, received: int, consumed: int, limit: int) -> None:
+        outbound = sender(b"abcdef", sent=4)
+        outbound.acknowledge(2, WINDOW_FIRST)
+        with pytest.raises(StreamError, match=f"^cannot go on from {received} .* 2 to 6 are held$") as raised:
+            outbound.resume(received, consumed, limit)
+        assert raised.value.code == "lost"
+        assert (outbound.replay.start, outbound.cursor, outbound.limit) == (2, 4, WINDOW_FIRST)
+        assert outbound.budget.held == 4
+
+    def test_an_end_that_was_not_sent_cannot_have_been_received(self) -> None:
+        outbound = sender(b"abc", sent=3)
+        with pytest.raises(StreamError):
+            outbound.resume(4, 3, WINDOW_FIRST)
+        outbound.end()
+        assert outbound.resume(3, 3, WINDOW_FIRST) == 0
+
+    def test_restart_sends_everything_again(self) -> None:
+        outbound = finished_sender(3)
+        outbound.link_lost()
+        outbound.restart()
+        assert outbound.take(9) == bytes(3)
+        assert outbound.eof_due()
+
+
 def receiver(data: bytes = b"", *, window: int = WINDOW_FIRST, budget: Budget | None = None) -> Inbound:
     """An inbound direction with `data` in its inbox."""
     inbound = Inbound(budget or Budget(PLENTY), window)
@@ -412,6 +501,69 @@ class TestAcksOut:
     def test_received_alone_is_no_reason(self) -> None:
         inbound = receiver(bytes(100), window=100)
         assert not inbound.ack_due()
+
+
+class TestRestate:
+    """`resume` and `resumed` carry what an ack would, and are as good as one once they were received."""
+
+    def test_says_where_it_is(self) -> None:
+        inbound = receiver(b"abcdef", window=100)
+        inbound.taken(2)
+        assert inbound.restate() == (6, 2, 102)
+        assert not inbound.ack_due()
+        inbound.arrived(96)
+        with refuses("passes the limit 102"):
+            inbound.arrived(1)
+
+    def test_the_limit_never_falls(self) -> None:
+        inbound = receiver(bytes(100), window=100)
+        inbound.taken(50)
+        assert inbound.grant(NOW, ROUND_TRIP) == (50, 150)
+        inbound.window.size = 64
+        assert inbound.restate() == (100, 50, 150)
+
+    def test_a_delivered_end(self) -> None:
+        inbound = receiver(b"abc")
+        inbound.ended(3)
+        inbound.taken(3)
+        inbound.end_delivered()
+        assert inbound.restate() == (4, 4, 4 + WINDOW_FIRST)
+        assert inbound.state is Half.ENDED
+        inbound.confirmed()
+        assert inbound.state is Half.DONE
+        inbound.confirmed()
+        assert inbound.state is Half.DONE
+
+    def test_an_end_delivered_only_after_it_was_restated(self) -> None:
+        """The peer was told that the end was not delivered yet: an ack has still to say so."""
+        inbound = receiver(b"abc")
+        inbound.ended(3)
+        inbound.taken(3)
+        inbound.restate()
+        inbound.end_delivered()
+        inbound.confirmed()
+        assert inbound.state is Half.ENDED
+        assert inbound.ack_due()
+        inbound.grant(NOW, ROUND_TRIP)
+        assert inbound.state is Half.DONE
+
+    def test_no_end_yet(self) -> None:
+        inbound = receiver(b"abc")
+        inbound.restate()
+        inbound.confirmed()
+        assert inbound.state is Half.OPEN
+
+    def test_an_ack_of_the_end_may_be_lost(self) -> None:
+        inbound = receiver()
+        inbound.ended(0)
+        inbound.end_delivered()
+        inbound.grant(NOW, ROUND_TRIP)
+        assert inbound.state is Half.DONE
+        inbound.link_lost()
+        assert inbound.state is Half.ENDED
+        assert inbound.restate()[:2] == (1, 1)
+        inbound.confirmed()
+        assert inbound.state is Half.DONE
 
 
 class TestDiscardIn:

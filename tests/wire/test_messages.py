@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wstunnel.errors import ProtocolError
-from wstunnel.limits import MESSAGE_BRACKETS, MESSAGE_BYTES, NUMBER_MAX
+from wstunnel.limits import MESSAGE_BRACKETS, MESSAGE_BYTES, NUMBER_MAX, RESUME_WINDOW_SECONDS
 from wstunnel.wire import messages
 from wstunnel.wire.frames import encode_close
 from wstunnel.wire.messages import (
@@ -53,8 +53,9 @@ WIRE: list[tuple[Message, str]] = [
         '{"type":"hello","version":1,"session":"0123456789abcdefghijkA","role":"control"}',
     ),
     (
-        Hello(version=1, session=ID, role="reverse", agent="a", features=["resume"]),
-        '{"type":"hello","version":1,"session":"0123456789abcdefghijkA","role":"reverse","agent":"a","features":["resume"]}',
+        Hello(version=1, session=ID, role="reverse", agent="a", resume_window=0, features=["resume"]),
+        '{"type":"hello","version":1,"session":"0123456789abcdefghijkA","role":"reverse","agent":"a",'
+        '"resume_window":0,"features":["resume"]}',
     ),
     (
         Welcome(version=1, server=ID, boot=OTHER_ID),
@@ -152,13 +153,18 @@ class TestOnTheWire:
     def test_this_version(self) -> None:
         assert messages.SUBPROTOCOL == "wstunnel.1"
         assert messages.VERSION == 1
-        assert messages.FEATURES == ()
+        assert messages.FEATURES == ("resume", "drain")
 
     @pytest.mark.parametrize("kind", TYPES)
     def test_unknown_keys_are_ignored(self, kind: type[Message]) -> None:
         known = document(kind)
         more = {"later": {"a": [1, 2.5, None, True, "x"]}, **known, "also": 10**400, "": None}
         assert decode(json.dumps(more).encode()) == decode(json.dumps(known).encode())
+
+    def test_a_hello_that_says_nothing_of_a_window_asks_for_five_minutes(self) -> None:
+        hello = decode(b'{"type":"hello","version":1,"session":"0123456789abcdefghijkA","role":"control"}')
+        assert isinstance(hello, Hello)
+        assert hello.resume_window == RESUME_WINDOW_SECONDS == 300
 
     def test_spelling_is_free_where_json_is(self) -> None:
         assert decode(b' { "number" : 7 , "type" : "p\\u0069ng" }\r\n\t') == Ping(number=7)
@@ -189,7 +195,7 @@ class TestNumbers:
             *((kind.__name__, "n") for kind in (Open, Opened, Ack, Eof, Reset, Resume, Resumed)),
             ("Resume", "epoch"),
         }
-        assert len(self.FIELDS) == 27
+        assert len(self.FIELDS) == 28
 
     @pytest.mark.parametrize(("kind", "field", "least"), FIELDS)
     def test_ends_of_the_range(self, kind: type[Message], field: str, least: int) -> None:
@@ -257,8 +263,11 @@ class TestTexts:
             refused(json.dumps({**right, "features": wrong}).encode())
 
     def test_detached(self) -> None:
-        assert len(decode(encode(Detached(streams=[ID] * 512))).streams) == 512  # type: ignore[union-attr]
-        refused(encode(Detached(streams=[ID] * 513)))
+        most = Detached(streams=[ID] * 256, epochs=[NUMBER_MAX] * 256)
+        assert decode(encode(most)) == most
+        refused(encode(Detached(streams=[ID] * 257)))
+        refused(encode(Detached(streams=[ID], epochs=[0] * 257)))
+        refused(encode(Detached(streams=[ID], epochs=[-1])))
         refused(b'{"type":"detached","streams":["short"]}')
 
     def test_choices(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wstunnel.errors import ProtocolError
+from wstunnel.errors import ProtocolError, StreamError
 from wstunnel.limits import CONTROL_QUEUE_BYTES, KIB, MESSAGE_BYTES, WINDOW_FIRST
 from wstunnel.wire import messages
 from wstunnel.wire.credit import Budget
@@ -42,6 +42,7 @@ from wstunnel.wire.messages import (
 )
 from wstunnel.wire.protocol import LinkProtocol, PeerClosed, StreamState
 from wstunnel.wire.states import Exchange, Half
+from wstunnel.wire.tombstones import Tombstone
 
 Side = typing.Literal["client", "server"]
 ID = "0123456789abcdefghijkA"
@@ -112,7 +113,19 @@ def receive(protocol: LinkProtocol, data: bytes, size: int | None = None) -> lis
                 events.append(event)
                 if isinstance(event, Open):
                     protocol.accept(new_stream(egress=True))
+                elif isinstance(event, Resume):
+                    answer(protocol, event)
     return events
+
+
+def answer(protocol: LinkProtocol, message: Resume) -> None:
+    """A server that still has the stream if the client says that it sent something; else it knows nothing of it."""
+    stream = detached(egress=True, sent=b"abc")
+    stream.epoch = 0
+    try:
+        protocol.resumed(stream, message, opened="")
+    except StreamError as error:
+        protocol.gone(Tombstone("reset", error.code, str(error)))
 
 
 def feed(protocol: LinkProtocol, *items: Message | bytes) -> list[object]:
@@ -268,6 +281,25 @@ class End:
             inbound.end_delivered()
             self.ended = True
 
+    def dialled(self) -> str | None:
+        """At the egress, once the target was reached: its address."""
+        assert self.stream is not None
+        return "10.0.0.5:5432" if self.stream.egress and self.stream.opened else None
+
+    def resume(self) -> None:
+        """The client goes on with its stream."""
+        assert self.stream is not None
+        self.stream.epoch += 1
+        self.protocol.resume(self.stream, opened=self.dialled())
+
+    def answer(self, message: Resume) -> None:
+        """The server goes on with it, or says why not."""
+        assert self.stream is not None
+        try:
+            self.protocol.resumed(self.stream, message, opened=self.dialled())
+        except StreamError as error:
+            self.protocol.gone(Tombstone("reset", error.code, str(error)))
+
     def arrive(self, data: bytes) -> None:
         for event in self.protocol.receive(data):
             if isinstance(event, bytes | memoryview):
@@ -283,6 +315,8 @@ class End:
                     self.protocol.send(WELCOME)
                 elif isinstance(event, Reset):
                     self.resets.append(event.code)
+                elif isinstance(event, Resume):
+                    self.answer(event)
             if self.stream is not None and self.reading and self.protocol.stream is self.stream:
                 self.take()
 
@@ -339,6 +373,19 @@ class Pair:
         self.ingress.open()
         self.run()
         self.egress.protocol.opened("10.0.0.5:5432")
+        self.run()
+
+    def cut(self) -> None:
+        """The link is lost with all that is under way. Both ends detach; another link is there, and has greeted."""
+        for end in (self.client, self.server):
+            assert end.stream is not None
+            end.stream.link_lost()
+            end.protocol = new_link("client" if end is self.client else "server")
+            self.under_way[end].clear()
+            self.sent[end].clear()
+
+    def resume(self) -> None:
+        self.client.resume()
         self.run()
 
     def texts(self, end: End) -> list[object]:
@@ -496,6 +543,35 @@ def early(*, reset: bool) -> LinkProtocol:
     return protocol
 
 
+def resuming() -> LinkProtocol:
+    """A client that asked to go on with a stream, in the link's second exchange."""
+    protocol = new_link("client", "forward")
+    open_stream(protocol)
+    feed(protocol, Reset(n=1, code="reset"))
+    pull(protocol)
+    protocol.resume(detached(sent=b"abc"), opened=None)
+    assert [type(item) for item in pull(protocol)] == [Resume]
+    return protocol
+
+
+def detached(*, egress: bool = False, sent: bytes = b"", queued: bytes = b"", ended: bool = False) -> StreamState:
+    """A stream that lost its link: `sent` was on it, `queued` was not."""
+    stream = new_stream(egress=egress)
+    stream.opened = True
+    if sent:
+        stream.outbound.append(sent)
+        stream.outbound.take(len(sent))
+    if queued:
+        stream.outbound.append(queued)
+    if ended:
+        stream.outbound.end()
+        if stream.outbound.eof_due():
+            stream.outbound.eof_sent()
+    stream.link_lost()
+    stream.epoch = 1
+    return stream
+
+
 PINGS = {Ping, Pong}
 # name: (how it comes about, messages that are events, messages that are dropped)
 SCENES: dict[str, tuple[Callable[[], LinkProtocol], set[type], set[type]]] = {
@@ -503,9 +579,9 @@ SCENES: dict[str, tuple[Callable[[], LinkProtocol], set[type], set[type]]] = {
     "client, new": (lambda: new_link("client", greeted=False), {Welcome}, set()),
     "client, opened before welcome": (lambda: early(reset=False), {Welcome}, set()),
     "client, reset before welcome": (lambda: early(reset=True), {Welcome}, {bytes}),
-    "server, control": (lambda: idle("server", "control"), {Bye} | PINGS, set()),
-    "client, control": (lambda: idle("client", "control"), PINGS, set()),
-    "server, idle forward": (lambda: idle("server", "forward"), {Open} | PINGS, set()),
+    "server, control": (lambda: idle("server", "control"), {Bye, Gone} | PINGS, set()),
+    "client, control": (lambda: idle("client", "control"), {Detached, Drain} | PINGS, set()),
+    "server, idle forward": (lambda: idle("server", "forward"), {Open, Resume} | PINGS, set()),
     "client, idle forward": (lambda: idle("client", "forward"), PINGS, set()),
     "server, idle reverse": (lambda: idle("server", "reverse"), PINGS, set()),
     "client, idle reverse": (lambda: idle("client", "reverse"), {Open} | PINGS, set()),
@@ -527,6 +603,7 @@ SCENES: dict[str, tuple[Callable[[], LinkProtocol], set[type], set[type]]] = {
         {Ack, Eof, Reset, bytes} | PINGS,
         set(),
     ),
+    "client, resuming": (resuming, {Resumed, Gone} | PINGS, set()),
     "client, resetting": (lambda: resetting("client", "forward"), {Reset} | PINGS, {Opened, Ack, Eof, bytes}),
     "server, resetting": (lambda: resetting("server", "forward"), {Reset} | PINGS, {Opened, Ack, Eof, bytes}),
 }
@@ -557,6 +634,7 @@ COUNTED: list[tuple[type[Message], dict[str, object]]] = [
     (Ack, {"consumed": 0, "limit": WINDOW_FIRST}),
     (Eof, {"total": 0}),
     (Reset, {"code": "reset"}),
+    (Resumed, {"received": 0, "consumed": 0, "limit": WINDOW_FIRST}),
 ]
 
 
@@ -624,6 +702,51 @@ class TestEveryMessageInEveryState:
         said = refuses(protocol, wire(protocol, Open(n=n, stream=ID)))
         assert said == f"open counts {n}, expected {SECOND + 1}"
 
+    @pytest.mark.parametrize("n", [1, SECOND, SECOND + 2, 2**53 - 1])
+    def test_resume_counts_one_more_than_the_last(self, n: int) -> None:
+        protocol = SCENES["server, idle forward"][0]()
+        message = Resume(n=n, stream=ID, epoch=1, received=0, consumed=0, limit=WINDOW_FIRST)
+        assert refuses(protocol, wire(protocol, message)) == f"resume counts {n}, expected {SECOND + 1}"
+
+    @pytest.mark.parametrize("n", [0, 1])
+    def test_a_gone_of_an_earlier_exchange_is_no_answer(self, n: int) -> None:
+        protocol = resuming()
+        before = snapshot(protocol)
+        assert feed(protocol, Gone(n=n, outcome="unknown")) == []
+        assert snapshot(protocol) == before
+        assert pull(protocol) == []
+
+    @pytest.mark.parametrize("n", [SECOND + 1, 2**53 - 1])
+    def test_a_gone_of_a_later_exchange(self, n: int) -> None:
+        protocol = resuming()
+        said = refuses(protocol, wire(protocol, Gone(n=n, outcome="unknown")))
+        assert said == f"gone for exchange {n}, the link is at {SECOND}"
+
+    @pytest.mark.parametrize("message", [Detached(streams=[ID]), Drain(deadline=1), Gone(outcome="unknown"), Bye()])
+    @pytest.mark.parametrize("role", ["control", "forward", "reverse"])
+    @pytest.mark.parametrize("side", ["client", "server"])
+    def test_messages_of_the_control_link(self, side: Side, role: LinkRole, message: Message) -> None:
+        protocol = new_link(side, role)
+        sender = "server" if isinstance(message, Detached | Drain) else "client"
+        if role == "control" and side != sender:
+            assert feed(protocol, message) == [message]
+            assert (protocol.state, protocol.n, pull(protocol)) == (Exchange.IDLE, 0, [])
+        else:
+            name = type(message).__name__.lower()
+            said = refuses(protocol, wire(protocol, message))
+            assert said == f"{name} not from a {sender} on its control link"
+
+    @pytest.mark.parametrize("role", ["control", "forward", "reverse"])
+    @pytest.mark.parametrize("side", ["client", "server"])
+    def test_who_resumes_where(self, side: Side, role: LinkRole) -> None:
+        """Only the client, on `forward` links only, whoever opened the stream."""
+        protocol = new_link(side, role)
+        message = Resume(n=1, stream=ID, epoch=1, received=0, consumed=0, limit=WINDOW_FIRST)
+        if (side, role) == ("server", "forward"):
+            assert feed(protocol, message) == [message]
+        else:
+            assert refuses(protocol, wire(protocol, message)) == f"resume from the wrong side of a {role} link"
+
     @pytest.mark.parametrize("message", ONE_OF_EACH, ids=lambda message: type(message).__name__)
     @pytest.mark.parametrize("name", SCENES)
     def test_after_our_close_frame_nothing_counts(self, name: str, message: Message | bytes) -> None:
@@ -685,10 +808,15 @@ class TestAnyPeer:
         st.builds(Ack, n=counts, consumed=numbers, limit=numbers),
         st.builds(Eof, n=counts, total=numbers),
         st.builds(Reset, n=counts, code=st.just("x")),
+        st.builds(
+            Resume, n=counts, stream=st.just(ID), epoch=counts, received=numbers, consumed=numbers, limit=numbers
+        ),
+        st.builds(Resumed, n=counts, received=numbers, consumed=numbers, limit=numbers),
+        st.builds(Gone, n=st.integers(0, 4), outcome=st.sampled_from(["finished", "unknown", "stale", "reset"])),
         st.binary(max_size=3),
     )
     # What our own side does in between.
-    own = st.sampled_from(["open", "write", "end", "reset", "pull", "deliver", "sweep", "answer"])
+    own = st.sampled_from(["open", "resume", "write", "end", "reset", "pull", "deliver", "sweep", "answer"])
 
     @given(
         st.sampled_from(["client", "server"]),
@@ -712,7 +840,9 @@ class TestAnyPeer:
                     return
             assert protocol.n >= n
             n = protocol.n
-            assert (protocol.stream is not None) is (protocol.state in (Exchange.BUSY, Exchange.RESETTING))
+            assert (protocol.stream is not None) is (
+                protocol.state in (Exchange.BUSY, Exchange.RESETTING, Exchange.RESUMING)
+            )
             if protocol.stream is not None:
                 outbound, inbound = protocol.stream.outbound, protocol.stream.inbound
                 assert outbound.replay.start <= outbound.cursor <= outbound.replay.end <= outbound.limit
@@ -728,6 +858,9 @@ class TestAnyPeer:
                 "forward" if protocol.side == "client" else "reverse"
             ):
                 protocol.open(new_stream(egress=False))
+        elif action == "resume":
+            if protocol.state is Exchange.IDLE and (protocol.side, protocol.role) == ("client", "forward"):
+                protocol.resume(detached(sent=b"abc"), opened=None)
         elif stream is not None and protocol.state is Exchange.BUSY:
             if action == "write" and stream.outbound.room():
                 stream.outbound.append(b"ab")

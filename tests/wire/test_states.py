@@ -8,7 +8,22 @@ from enum import Enum
 
 import pytest
 
-from wstunnel.wire.messages import Ack, AnyMessage, Bye, Eof, Open, Opened, Ping, Pong, Reset
+from wstunnel.wire.messages import (
+    Ack,
+    AnyMessage,
+    Bye,
+    Detached,
+    Drain,
+    Eof,
+    Gone,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Reset,
+    Resume,
+    Resumed,
+)
 from wstunnel.wire.states import EXCHANGE, EXPECTED, HALF, Exchange, ExchangeEvent, Half, HalfEvent
 
 
@@ -34,23 +49,37 @@ def test_every_state_is_reached_and_every_event_is_used(
 
 
 class TestHalf:
-    def test_eof_then_its_ack_and_nothing_else(self) -> None:
-        assert HALF == {
-            (Half.OPEN, HalfEvent.EOF): Half.ENDED,
-            (Half.ENDED, HalfEvent.EOF_ACK): Half.DONE,
+    def test_the_whole_table(self) -> None:
+        opened, ended, done = Half.OPEN, Half.ENDED, Half.DONE
+        rows = {
+            HalfEvent.EOF: {opened: ended},
+            HalfEvent.EOF_ACK: {ended: done},
+            HalfEvent.EOF_LOST: {opened: opened, ended: opened, done: done},
+            HalfEvent.ACK_LOST: {opened: opened, ended: ended, done: ended},
         }
+        assert {(before, event): after for event, row in rows.items() for before, after in row.items()} == HALF
+
+    @pytest.mark.parametrize("event", [HalfEvent.EOF_LOST, HalfEvent.ACK_LOST])
+    def test_a_link_can_be_lost_in_any_state_and_twice(self, event: HalfEvent) -> None:
+        for state in Half:
+            after = HALF[state, event]
+            assert HALF[after, event] is after
 
 
 class TestExchange:
     def test_the_whole_table(self) -> None:
-        n, i, b, r, c = Exchange.NEW, Exchange.IDLE, Exchange.BUSY, Exchange.RESETTING, Exchange.CLOSED
+        n, i, g, b, r, c = Exchange  # new, idle, resuming, busy, resetting, closed
+        assert g is Exchange.RESUMING
         rows = {
             ExchangeEvent.GREETED: {n: i, b: b, r: r},
             ExchangeEvent.OPEN: {n: b, i: b},
+            ExchangeEvent.RESUME_SENT: {i: g},
+            ExchangeEvent.RESUMED: {g: b},
+            ExchangeEvent.GONE: {g: i, b: i},
             ExchangeEvent.FINISHED: {b: i},
             ExchangeEvent.RESET_SENT: {b: r},
             ExchangeEvent.RESET_RECEIVED: {b: i, r: i},
-            ExchangeEvent.CLOSED: {n: c, i: c, b: c, r: c, c: c},
+            ExchangeEvent.CLOSED: {n: c, i: c, g: c, b: c, r: c, c: c},
         }
         assert {(before, event): after for event, row in rows.items() for before, after in row.items()} == EXCHANGE
 
@@ -58,13 +87,18 @@ class TestExchange:
         assert reachable(EXCHANGE, Exchange.CLOSED) == {Exchange.CLOSED}
 
     def test_a_link_is_used_again_only_after_both_ends_or_both_resets(self) -> None:
-        """Nothing but the first greeting, the end of both halves and the peer's reset leads to idle."""
+        """Nothing but the first greeting, the end of both halves, the peer's reset and `gone` leads to idle."""
         assert {(before, event) for (before, event), after in EXCHANGE.items() if after is Exchange.IDLE} == {
             (Exchange.NEW, ExchangeEvent.GREETED),
+            (Exchange.RESUMING, ExchangeEvent.GONE),
+            (Exchange.BUSY, ExchangeEvent.GONE),
             (Exchange.BUSY, ExchangeEvent.FINISHED),
             (Exchange.BUSY, ExchangeEvent.RESET_RECEIVED),
             (Exchange.RESETTING, ExchangeEvent.RESET_RECEIVED),
         }
+
+    def test_streams_resume_only_on_links_that_have_greeted(self) -> None:
+        assert {before for before, event in EXCHANGE if event is ExchangeEvent.RESUME_SENT} == {Exchange.IDLE}
 
 
 class TestExpected:
@@ -73,7 +107,8 @@ class TestExpected:
         anywhere = {Ping, Pong}
         assert {
             Exchange.NEW: set(),
-            Exchange.IDLE: {Open, Bye} | anywhere,
+            Exchange.IDLE: {Open, Resume, Detached, Gone, Drain, Bye} | anywhere,
+            Exchange.RESUMING: {Resumed, Gone} | anywhere,
             Exchange.BUSY: of_a_stream | anywhere,
             Exchange.RESETTING: of_a_stream | anywhere,
             Exchange.CLOSED: set(),

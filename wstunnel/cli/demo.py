@@ -1,4 +1,4 @@
-"""`wstunnel demo`: server, client and target as processes of this machine, over TLS; transfers verified, then timed."""
+"""`wstunnel demo`: the whole thing as processes of this machine, over TLS: transfers, cut and verified, and timings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import trio
 
     from wstunnel.cli.demo_load import Load, Progress, Transfer
-    from wstunnel.cli.demo_processes import Processes
+    from wstunnel.cli.demo_processes import Child, Processes
+    from wstunnel.cli.demo_relay import Cut
 
 T = TypeVar("T")
 
@@ -46,8 +47,9 @@ class Plan:
 def demo() -> int:
     """Show the whole thing at work on this machine.
 
-    Starts server, client and a target, sends 256 MiB each way over TLS and verifies them, then measures latency and
-    opens. Takes some seconds, needs neither root nor a network, and leaves nothing behind.
+    Starts server, clients and a target, sends 256 MiB each way over TLS, resets all connections half-way through each,
+    and verifies what arrived. Then it measures latency and opens. Takes some seconds, needs neither root nor a network,
+    and leaves nothing behind.
     """
     return run(Plan())
 
@@ -80,39 +82,65 @@ async def _demonstrate(plan: Plan) -> None:
     from wstunnel.cli.demo_processes import Processes
 
     async with Processes() as processes:
-        port = await _started(processes)
+        tunnels = await _started(processes)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(processes.watch)
             progress = Progress()
+            cut, direct = (Load(("127.0.0.1", port), progress) for port in (tunnels.cut, tunnels.direct))
             try:
-                await _measure(plan, Load(("127.0.0.1", port), progress), progress)
+                await _measure(plan, cut, direct, tunnels.relay, progress)
             finally:
                 progress.stopped = True
             nursery.cancel_scope.cancel()
 
 
-async def _started(processes: Processes) -> int:
-    """Start target, server and client, and return the port that leads to the target."""
-    from wstunnel.cli.demo_processes import Child
+@dataclass(frozen=True)
+class Tunnels:
+    """The ports of two clients of one server, both of which lead to the target.
+
+    Attributes:
+        relay: carries the links of the first client, and cuts them when told to.
+        cut: port of the client behind it.
+        direct: port of the other client, which latency and opens are measured with: the relay would add to them.
+    """
+
+    relay: Child
+    cut: int
+    direct: int
+
+
+async def _started(processes: Processes) -> Tunnels:
+    """Start target, server, relay and clients."""
     from wstunnel.cli.invite import invitation
     from wstunnel.state import read_announcement
 
-    def target_port(child: Child) -> int | None:
+    def printed_port(child: Child) -> int | None:
         text = child.stdout
-        return int(text) if text.endswith("\n") else None
+        return int(text.split()[-1]) if text.endswith("\n") else None
 
-    reports.say("starting target, server and client, each a process of its own")
+    def client(name: str, port: int | None) -> Child:
+        # Each as a user of its own: a user's next client displaces one that has no connection.
+        url = invitation(state, name, ("127.0.0.1", port)).reveal()
+        arguments = ("client", "-L", to_target)
+        return processes.start(name, "wstunnel.cli.demo_child", *arguments, environment={"WSTUNNEL_URL": url})
+
+    reports.say("starting target, server, two clients and a relay, each a process of its own")
     target = processes.start("target", "wstunnel.cli.demo_target")
     state: Path = processes.directory / "server"
     flags = ("--bind", "127.0.0.1", "--port", "0", "--state-dir", str(state))
     server = processes.start("server", "wstunnel.cli.demo_child", "server", *flags)
-    to_target = f"0:127.0.0.1:{await processes.ready(target, partial(target_port, target))}"
-    await processes.ready(server, partial(read_announcement, state))
-    url = invitation(state, "demo", ("127.0.0.1", None)).reveal()
-    client = processes.start(
-        "client", "wstunnel.cli.demo_child", "client", "-L", to_target, environment={"WSTUNNEL_URL": url}
-    )
-    return await processes.ready(client, lambda: announced_port(client.stderr))
+    to_target = f"0:127.0.0.1:{await processes.ready(target, partial(printed_port, target))}"
+    announcement = await processes.ready(server, partial(read_announcement, state))
+    relay = processes.start("relay", "wstunnel.cli.demo_relay", str(announcement.port))
+    direct = client("direct-client", None)
+    cut = client("client", await processes.ready(relay, partial(printed_port, relay)))
+    ports = [await processes.ready(child, partial(listening_port, child)) for child in (cut, direct)]
+    return Tunnels(relay, *ports)
+
+
+def listening_port(client: Child) -> int | None:
+    """Where a client listens, as soon as it has said so."""
+    return announced_port(client.stderr)
 
 
 def announced_port(log: str) -> int | None:
@@ -123,40 +151,64 @@ def announced_port(log: str) -> int | None:
     return int(found[1]) if found else None
 
 
-async def _measure(plan: Plan, load: Load, progress: Progress) -> None:
+async def _measure(plan: Plan, cut: Load, direct: Load, relay: Child, progress: Progress) -> None:
     from wstunnel.cli import demo_screen
     from wstunnel.errors import LocalError
 
-    await _in_thread("the first stream", load.first_echo)
-    up = await _shown("up", plan.transfer_bytes, load.upload, progress)
-    down = await _shown("down", plan.transfer_bytes, load.download, progress)
-    if not (up.verified and down.verified):
+    for load in (cut, direct):
+        await _in_thread("the first stream", load.first_echo)
+    up = await _transferred("up", plan.transfer_bytes, cut.upload, relay, progress)
+    down = await _transferred("down", plan.transfer_bytes, cut.download, relay, progress)
+    if not (up[0].verified and down[0].verified):
         raise LocalError("what arrived is not what was sent: please report this")
-    latency = await _in_thread("latency", partial(load.latency, plan.round_trips))
-    opens = await _in_thread("opens", partial(load.opens_a_second, plan.opens_seconds))
+    latency = await _in_thread("latency", partial(direct.latency, plan.round_trips))
+    opens = await _in_thread("opens", partial(direct.opens_a_second, plan.opens_seconds))
     demo_screen.report_summary(up, down, latency, opens)
 
 
-async def _shown(label: str, total: int, transfer: Callable[[int], Transfer], progress: Progress) -> Transfer:
-    """Carry out a transfer and show how far it is, then the digests."""
+async def _transferred(
+    label: str, total: int, transfer: Callable[[int], Transfer], relay: Child, progress: Progress
+) -> tuple[Transfer, Cut]:
+    """Carry out a transfer, have all connections cut half-way, show how far it is, then the digests.
+
+    Raises:
+        LocalError: the stream was lost, or there was no cut that it could have been lost in.
+    """
     import trio
 
     from wstunnel.cli import demo_screen
+    from wstunnel.cli.demo_relay import parse_cuts
+    from wstunnel.errors import LocalError
+
+    def latest() -> Cut | None:
+        return cuts[-1] if len(cuts := parse_cuts(relay.stdout)) > before else None
 
     async def draw() -> None:
         while True:
-            display.show(progress.done)
+            display.show(progress.done, latest())
             await trio.sleep(DRAW_SECONDS)
 
+    before = len(parse_cuts(relay.stdout))
     progress.done = 0
+    relay.tell(str(total // 2))
     with demo_screen.ProgressDisplay(label, total) as display:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(draw)
-            done = await _in_thread(label, partial(transfer, total))
+            try:
+                done = await _in_thread(label, partial(transfer, total))
+            except LocalError as error:
+                if (cut := latest()) is None or cut.pause is not None:
+                    raise
+                raise LocalError(f"the stream did not outlive the cut of its connection: {error}") from error
             nursery.cancel_scope.cancel()
-        display.show(total)
+        cut = latest()
+        display.show(total, cut)
     demo_screen.report_transfer(label, done)
-    return done
+    if cut is None or not cut.carrying:
+        raise LocalError(f"the connection of the stream was not cut ({label}), so this shows nothing: please report it")
+    if cut.pause is None:
+        raise LocalError(f"after the cut no data came over a new connection ({label}): please report this")
+    return done, cut
 
 
 async def _in_thread(what: str, work: Callable[[], T]) -> T:

@@ -43,10 +43,6 @@ class Transfer:
     def verified(self) -> bool:
         return self.sent == self.arrived
 
-    @property
-    def megabytes_a_second(self) -> float:
-        return self.count / 1e6 / self.seconds
-
 
 @dataclass(frozen=True)
 class Latency:

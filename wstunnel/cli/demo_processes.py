@@ -58,6 +58,18 @@ class Child:
         """What it has said and logged so far."""
         return (self.directory / f"{self.name}.err").read_text(errors="replace")
 
+    def tell(self, line: str) -> None:
+        """Write a line to its stdin, which a pipe takes at once.
+
+        Raises:
+            LocalError: it has ended.
+        """
+        assert self.process.stdin is not None  # a pipe, see start()
+        try:
+            self.process.stdin.write(f"{line}\n".encode())
+        except OSError as error:
+            raise self.failed("has ended") from error
+
     def failed(self, what: str) -> LocalError:
         """An error that says what happened to this process, with the end of its stderr."""
         tail = self.stderr.splitlines()[-TAIL_LINES:]
@@ -108,6 +120,7 @@ class Processes:
                 process = subprocess.Popen(  # noqa: S603  # our own interpreter and modules
                     [sys.executable, "-P", "-m", module, *arguments],  # -P: nothing is imported from the user's folder
                     stdin=subprocess.PIPE,
+                    bufsize=0,  # what cannot be written is known at once, and not again at the end
                     stdout=out,
                     stderr=err,
                     env=self._environment() | (environment or {}),

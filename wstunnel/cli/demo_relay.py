@@ -15,18 +15,17 @@ import os
 import re
 import selectors
 import socket
-import struct
 import sys
 import time
 from dataclasses import dataclass
 
+from wstunnel import sockets
 from wstunnel.cli.demo_child import ORPHANED
 
 READ_BYTES = 256 * 1024
 CARRYING_BYTES = 64 * 1024
 """A connection that moved more than this carries a stream: handshakes, pings and acks are far less."""
 BACKLOG = 128
-_NO_LINGER = struct.pack("ii", 1, 0)
 _UNARMED = 1 << 62
 
 
@@ -46,7 +45,7 @@ class Cut:
 
 
 def parse_cuts(text: str) -> list[Cut]:
-    """The cuts that a relay's stdout tells of, in their order. A line that is not complete yet counts as not written."""
+    """The cuts that a relay's stdout tells of, in their order. An incomplete line counts as not written."""
     cuts: list[Cut] = []
     for line in text.splitlines(keepends=True):
         if found := re.fullmatch(r"cut (\d+) (\d+)\n", line):
@@ -116,7 +115,8 @@ class Relay:
                     if not self._obey(os.read(self._orders, 64)):
                         return
                 else:
-                    self._serve(*key.data, mask)
+                    connection, side = key.data
+                    self._serve(connection, side, mask)
 
     def _obey(self, data: bytes) -> bool:
         *complete, self._order = (self._order + data).split(b"\n")
@@ -131,7 +131,7 @@ class Relay:
         try:
             server = socket.create_connection(self._server)  # on loopback that waits for nobody
         except OSError:
-            _reset(client)
+            sockets.reset(client)
             return
         for sock in (client, server):
             sock.setblocking(False)
@@ -210,7 +210,7 @@ class Relay:
             if mask:
                 self._selector.unregister(sock)
             if reset:
-                _reset(sock)
+                sockets.reset(sock)
             else:
                 sock.close()
 
@@ -220,11 +220,6 @@ def _sent(sock: socket.socket, data: memoryview | bytes) -> int:
         return sock.send(data)
     except BlockingIOError:
         return 0
-
-
-def _reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-    sock.close()
 
 
 def _say(text: str) -> None:

@@ -30,6 +30,8 @@ Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{22}\Z")]
 TEXT_CHARACTERS = 1024
 Text = Annotated[str, Meta(max_length=TEXT_CHARACTERS)]
 Name = Annotated[str, Meta(max_length=64)]
+Ids = Annotated[list[Id], Meta(max_length=256)]
+Numbers = Annotated[list[Number], Meta(max_length=256)]
 Features = Annotated[list[Name], Meta(max_length=64)]
 LinkRole = Literal["control", "forward", "reverse"]
 Outcome = Literal["finished", "reset", "unknown", "stale"]
@@ -136,9 +138,11 @@ class Gone(Message, frozen=True, kw_only=True):
 
 
 class Detached(Message, frozen=True, kw_only=True):
-    """Server, control link: these streams of the session have no link here."""
+    """Server, control link: these streams of the session have no link here. `epochs`: of the last `resume` of each, so
+    that a client that has resumed it since knows that this is old news."""
 
-    streams: Annotated[list[Id], Meta(max_length=512)]
+    streams: Ids
+    epochs: Numbers = []
 
 
 class Listen(Message, frozen=True, kw_only=True):

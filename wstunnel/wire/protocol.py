@@ -84,10 +84,11 @@ class StreamState:
         reset_wanted: the reset to send once all queued data is on the link; stays until it was answered.
         epoch: of the last `resume`; 0 before the first.
         replayed: bytes that the last resumption sends again.
+        answered: a `resume` was: the peer has the stream.
     """
 
     __slots__ = (
-        "ack_wanted", "egress", "epoch", "id", "inbound", "opened", "outbound", "replayed", "reset_wanted",
+        "ack_wanted", "answered", "egress", "epoch", "id", "inbound", "opened", "outbound", "replayed", "reset_wanted",
     )  # fmt: skip
 
     def __init__(self, stream_id: str, *, egress: bool, budget: Budget, window: int = WINDOW_FIRST) -> None:
@@ -100,6 +101,7 @@ class StreamState:
         self.reset_wanted: tuple[str, str] | None = None
         self.epoch = 0
         self.replayed = 0
+        self.answered = False
 
     def link_lost(self) -> None:
         """The link is gone. From now on nothing that it brought and that was not read yet counts."""
@@ -112,7 +114,8 @@ class StreamState:
 
     def unanswered(self) -> bool:
         """At the ingress: nothing says that the egress has ever heard of the stream."""
-        return not (self.egress or self.opened or self.inbound.received or self.outbound.replay.start)
+        heard = self.opened or self.answered or self.inbound.received or self.outbound.replay.start
+        return not (self.egress or heard)
 
     def resettable(self) -> bool:
         """Whether a reset may still be sent: not after one's own EOF and one's ack of the peer's."""
@@ -288,11 +291,11 @@ class LinkProtocol:
         stream.inbound.confirmed()
         if not stream.egress and message.opened is not None:
             stream.opened = True
-        if stream.reset_wanted is None:
-            try:
-                stream.replayed = stream.outbound.resume(message.received, message.consumed, message.limit)
-            except StreamError as error:
-                stream.reset_wanted = error.code, str(error)
+        stream.answered = True
+        try:
+            stream.replayed = stream.outbound.resume(message.received, message.consumed, message.limit)
+        except StreamError as error:
+            stream.reset_wanted = stream.reset_wanted or (error.code, str(error))
         if stream.reset_wanted is not None:
             stream.outbound.discard()  # without knowing what the peer has, nothing can go before the reset
         self._settle()
