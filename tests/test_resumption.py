@@ -36,8 +36,10 @@ from tests.roles import (  # lines and make_world are fixtures
 )
 from tests.test_server import Peer, opening
 from wstunnel import limits
+from wstunnel.client_session import GONE_AT_ONCE
 from wstunnel.errors import NetworkError, StreamError
 from wstunnel.recovery import FRUITLESS_FREE, Recovery
+from wstunnel.server_session import DETACHED_IDS
 from wstunnel.stream import Stream
 from wstunnel.wire.frames import encode_frame
 from wstunnel.wire.messages import (
@@ -822,6 +824,18 @@ class TestDetached:
         assert world.read(target) == b"x"
         await finish(world, app, near, far, target)
 
+    async def test_old_news_of_a_stream_that_was_resumed_since_moves_nothing(self, make_world: Make) -> None:
+        world = await make_world().warm()
+        app, near, far, target = await world.stream(b"x")
+        world.cut(near.link)
+        await world.settle()
+        link, control = near.link, world.session._control
+        world.far_link(control).send(Detached(streams=[near.state.id], epochs=[0]))
+        await world.settle()
+        assert near.link is link and near.state.epoch == 1
+        assert world.read(target) == b"x"
+        await finish(world, app, near, far, target)
+
     async def test_what_the_client_does_not_have_is_reset(self, make_world: Make) -> None:
         world = await make_world().warm()
         _app, near, far, target = await world.stream(b"x")
@@ -878,7 +892,7 @@ class TestDetached:
         control = Peer(world)
         named: list[str] = []
         answers = await control.send(hello)
-        for now in (1.0, 2.0, 3.0, 4.0):
+        for now in range(1, 1200 // DETACHED_IDS + 3):
             named += [one for message in answers if isinstance(message, Detached) for one in message.streams]
             session.sweep(trio.current_time() + now)
             answers = await control.receive()
@@ -889,12 +903,12 @@ class TestDetached:
         """A control link's queue is short: 512 answers at once would close it."""
         world = await make_world().warm()
         control = world.session._control
-        ids = [f"{number:022d}" for number in range(500)]
+        ids = [f"{number:022d}" for number in range(DETACHED_IDS)]
         world.far_link(control).send(Detached(streams=ids))
         for now in range(1, 6):
             await world.settle()
             world.session.sweep(trio.current_time() + now / 1000)
-        assert world.session._unknown == {}
+        assert world.session._unknown == {} and len(ids) > GONE_AT_ONCE
         assert world.session._control is control and not control.protocol.close_sent
 
     async def test_the_users_next_session_displaces_what_a_killed_client_left(

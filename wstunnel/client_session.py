@@ -325,7 +325,7 @@ class ClientSession(Session):
         return self._recovery.next(link.last_received, self.reactor.now)
 
     def _resume(self, stream: Stream, link: Link) -> None:
-        if self._recovery.take(stream):
+        if self._recovery.take(stream, self.reactor.now):
             stream.boot = self._boots[link]
             stream.link = link
             link.attach(stream)

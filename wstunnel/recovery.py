@@ -15,20 +15,20 @@ FRUITLESS_FREE = 3
 FRUITLESS_SECONDS = 0.1
 """The first such wait; each one doubles it."""
 AT_ONCE_SECONDS = 1.0
-"""A link that was lost later than this after the last one counts for itself."""
+"""A link that carried the stream for longer was not lost at once."""
 
 
 class _Case:
     """One stream's attempts so far."""
 
-    __slots__ = ("afresh", "fruitless", "not_before", "progress", "since")
+    __slots__ = ("afresh", "fruitless", "not_before", "progress", "tried")
 
     def __init__(self) -> None:
         self.afresh = False
         self.fruitless = 0
         self.not_before = -math.inf
         self.progress = -1
-        self.since = -math.inf
+        self.tried = -math.inf
 
 
 class Recovery:
@@ -49,9 +49,9 @@ class Recovery:
         """
         case = self._cases.setdefault(stream, _Case())
         progress = stream.state.progress()
-        if progress != case.progress or now - case.since >= AT_ONCE_SECONDS:
+        if progress != case.progress or now - case.tried >= AT_ONCE_SECONDS:
             case.fruitless = 0
-        case.progress, case.since, case.afresh = progress, now, False
+        case.progress, case.afresh = progress, False
         if case.fruitless >= FRUITLESS_FREE:
             doublings = min(case.fruitless - FRUITLESS_FREE, 30)
             case.not_before = now + min(FRUITLESS_SECONDS * 2**doublings, limits.BACKOFF_MAX_SECONDS)
@@ -76,10 +76,12 @@ class Recovery:
                 return stream
         return None
 
-    def take(self, stream: Stream) -> bool:
+    def take(self, stream: Stream, now: float) -> bool:
         """It is tried now. Returns whether it is to be opened afresh."""
         del self._waiting[stream]
-        return self._cases[stream].afresh
+        case = self._cases[stream]
+        case.tried = now
+        return case.afresh
 
     def forget(self, stream: Stream) -> None:
         """The stream ended."""
