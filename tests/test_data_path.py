@@ -63,7 +63,7 @@ import trustme
 from trio.testing import wait_all_tasks_blocked
 
 from tests.memory import MemoryReactor, MemorySocket
-from tests.model import World
+from tests.model import World, installed
 from tests.test_link import (
     HELLO,
     End,
@@ -355,8 +355,14 @@ def test_handlers_are_plain_functions() -> None:
                     assert not inspect.isasyncgenfunction(function), name
 
 
-def test_every_read_goes_into_the_reactors_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    world, buffers = World(), []
+@pytest.fixture
+def world() -> Iterator[World]:
+    with installed():
+        yield World(5, idle_links=1)
+
+
+def test_every_read_goes_into_the_reactors_scratch(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    buffers = []
     scratches = {id(reactor.scratch.obj) for reactor in world.reactors.values()}
     original = MemorySocket.recv_into
 
@@ -373,15 +379,13 @@ def test_every_read_goes_into_the_reactors_scratch(monkeypatch: pytest.MonkeyPat
     assert len(buffers) > 50
 
 
-def test_nothing_survives_in_the_scratch() -> None:
+def test_nothing_survives_in_the_scratch(world: World) -> None:
     """It is overwritten after every callback; inboxes, replay buffers and half-written frames are full meanwhile."""
-    world, chance = World(), random.Random(5)
     for _ in range(4):
         world.open(noise(400), noise(300), room=3)
     for _ in range(3000):
-        actions = world.actions(chance.randint(1, 50))
-        if actions:
-            chance.choice(actions)()
+        moves = world.moves(world.chance.randint(1, 50))
+        world.do(world.chance.choice(moves) if moves else (world.tick, 0.2))
         for reactor in world.reactors.values():
             reactor.scratch[:] = b"\xee" * len(reactor.scratch)
         world.check()

@@ -124,7 +124,11 @@ class ClientSession(Session):
                 if self._refusal is not None:
                     raise self._refusal
                 self._changed = trio.Event()
-                if self._absence.away and not any(not link.protocol.greeted for link in self.links):
+                if (
+                    self._absence.away
+                    and not self._stopping
+                    and not any(not link.protocol.greeted for link in self.links)
+                ):
                     # One dial at a time finds out when the server is back; its `welcome` ends the absence.
                     if self._waiting:
                         self._absence.hurry(trio.current_time())
@@ -145,6 +149,7 @@ class ClientSession(Session):
     def _missing(self) -> int:
         if self._stopping:
             return 0
+        self._stalled = {link for link in self._stalled if link.stalled}
         if not self._absence.welcomed:
             # The first one finds out whether the server takes us at all: one refusal in its log, not twelve.
             return int(not self._dialling and not self.links)
@@ -247,6 +252,11 @@ class ClientSession(Session):
         self.resume_window = float(message.resume_window) if "resume" in message.features and self._wish else 0.0
         if message.idle_links:
             self._demand.least = min(self._least, message.idle_links)
+        if message.boot == self._drained:
+            # It goes on accepting until it is gone: dialling it again and again would keep nobody's link warm.
+            link.close(1000, "the server is stopping")
+            self._failed(NetworkError("tunnel", "the server is stopping"))
+            return
         self._absence.away = False
         if self._absence.settled:
             self._back()
@@ -360,7 +370,7 @@ class ClientSession(Session):
         del self.streams[state.id]
         state.id = secrets.token_urlsafe(16)
         state.epoch = 0
-        state.outbound.restart()
+        state.replayed = state.outbound.restart()
         self.streams[state.id] = stream
         self._recovery.add_afresh(stream)
         self.reactor.later(self._resume_waiting)
@@ -379,6 +389,7 @@ class ClientSession(Session):
             elif stream.link is not None and stream.state.epoch == (stream.state.epoch if epoch is None else epoch):
                 stream.link.give_up_stream("the server has lost this link")
                 self.stream_detached(stream)
+                stream.refresh()
         self._tell_unknown()
 
     def _tell_unknown(self) -> None:
@@ -397,8 +408,8 @@ class ClientSession(Session):
         _log.warning("the server is stopping", server=str(self._dialler.url))
 
     def _going(self, link: Link) -> bool:
-        """Whether the link's server has said `drain`."""
-        return self._boots.get(link, self._boot) == self._drained
+        """Whether the link's server has said `drain`. Before its welcome nobody knows whose link it is."""
+        return self._drained is not None and self._boots.get(link) == self._drained
 
     def stalled(self, link: Link) -> None:
         """Nothing comes back on a link: dial another at once, and see which of the idle ones are alive."""

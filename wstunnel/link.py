@@ -548,6 +548,11 @@ class Link(Handler):
             self.owner.stalled(self)
         self._arm()
 
+    @property
+    def stalled(self) -> bool:
+        """Whether it has just been asked why data is not answered."""
+        return self._liveness.stalled
+
     def woke(self, now: float) -> None:
         """The machine or the process slept: ask anew whether the other end is there."""
         self._liveness.woke(now)

@@ -103,6 +103,11 @@ class Liveness:
         self._asked = None
         self._woken = True
 
+    @property
+    def stalled(self) -> bool:
+        """Whether data was not answered for long, and nothing came since."""
+        return self._asked is Verdict.STALLED
+
     def due(self, round_trip: float) -> float:
         """When to call `check` next, if nothing is reported until then. After `woke` that is at once.
 

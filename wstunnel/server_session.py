@@ -70,7 +70,11 @@ class ServerSession(Session):
     def lost(self, link: Link, reason: str) -> None:
         super().lost(link, reason)
         if link is self._control:
+            # A client that lost one and dialled another may be heard of in the wrong order.
             self._control = None
+            for other in list(self.links):
+                if other.protocol.role == "control":
+                    self.welcomed(other)
         self._check_over()
 
     def _check_over(self) -> None:
@@ -112,18 +116,21 @@ class ServerSession(Session):
         tombstones.forget(link.last_id)
         link.last_id = None
         stream = self.streams.get(message.stream)
-        if stream is None:
-            stone = tombstones.find(message.stream)
-            if stone is None:
-                # An `open` of it that is still held back somewhere must not dial any more.
-                stone = UNKNOWN
-                tombstones.add(message.stream, stone, self.reactor.now)
+        stone = tombstones.find(message.stream)
+        if stream is None and stone is None:
+            # An `open` of it that is still held back somewhere must not dial any more.
+            stone = UNKNOWN
+            tombstones.add(message.stream, stone, self.reactor.now)
+        if stream is None or stone is not None:
+            # With both, a repeated `open` is just being refused: that is not what became of the stream.
+            assert stone is not None
             link.protocol.gone(stone)
         elif message.epoch <= stream.state.epoch:
             link.protocol.gone(Tombstone("stale"))
         else:
             if stream.link is not None:
                 stream.link.give_up_stream("its stream goes on on another link")
+                self.stream_detached(stream)  # the client noticed first
             if stream.reason is not None:
                 stream.abandon(*stream.reason)
             else:
@@ -168,7 +175,9 @@ class ServerSession(Session):
         super().stream_ended(stream)
         self._untold.pop(stream, None)
         assert stream.outcome is not None
-        self.principal.tombstones.add(stream.state.id, _stone(stream.outcome), self.reactor.now)
+        tombstones = self.principal.tombstones
+        if stream.state.id not in tombstones:  # else it was refused for that, and the first verdict stands
+            tombstones.add(stream.state.id, _stone(stream.outcome), self.reactor.now)
         if not self.links:
             self.reactor.later(self._check_over)
 

@@ -379,6 +379,8 @@ class Stream(Handler):
             self.opened(address or "")
         if self.reason is None and self.state.reset_wanted is not None:
             self.reset(*self.state.reset_wanted)  # the offsets could not be
+        elif self._write_failed:
+            self._reset_when_delivered()  # this may have been the ack that it waits for
         self.owner.stream_resumed(self)
 
     def gone(self, outcome: str, code: str, message: str) -> None:

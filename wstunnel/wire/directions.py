@@ -131,9 +131,10 @@ class Outbound:
         self.acknowledge(consumed, limit)
         return max(before - self.cursor, 0)
 
-    def restart(self) -> None:
-        """Send everything again, as a stream of another id: the peer never answered."""
-        self.cursor = self.replay.start
+    def restart(self) -> int:
+        """Send everything again, as a stream of another id: the peer never answered. Returns how many bytes that is."""
+        before, self.cursor = self.cursor, self.replay.start
+        return before - self.cursor
 
     def discard(self) -> None:
         """Forget the bytes held: the stream is reset. Acks of what is on the link may still come; no EOF goes out."""
