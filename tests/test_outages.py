@@ -43,8 +43,9 @@ def test_said_once_when_it_begins(streams: int, line: str) -> None:
 def test_said_once_when_it_is_over(streams: int, line: str) -> None:
     outages = begun(streams)
     outages.report(streams, NOW)
-    for _ in range(streams):
-        outages.resumed(100)
+    for number in range(streams):
+        outages.resumed(str(number), 100)
+        outages.resumed(str(number), 100)  # cut once more meanwhile: still one stream
     assert outages.report(0, NOW + 4.21) == line
     assert outages.over
     assert outages.report(0, NOW + 5) is None
@@ -52,16 +53,16 @@ def test_said_once_when_it_is_over(streams: int, line: str) -> None:
 
 def test_over_before_the_beginning_was_said() -> None:
     outages = begun(1)
-    outages.resumed(0)
+    outages.resumed("2", 0)
     assert outages.report(0, NOW + 0.04) == "1 stream resumed after 0.0 s, 0 bytes lost"
 
 
 def test_not_over_while_one_is_left() -> None:
     outages = begun(2)
     outages.report(2, NOW)
-    outages.resumed(0)
+    outages.resumed("3", 0)
     assert outages.report(1, NOW + 1) is None
-    outages.resumed(0)
+    outages.resumed("4", 0)
     assert outages.report(0, NOW + 2) == "2 streams resumed after 2.0 s, 0 bytes lost"
 
 
@@ -74,7 +75,7 @@ def test_not_over_while_one_is_left() -> None:
 )
 def test_those_that_were_given_up(lost: int, line: str) -> None:
     outages = begun(lost + 1)
-    outages.resumed(0)
+    outages.resumed("5", 0)
     for _ in range(lost):
         outages.lost()
     assert outages.report(0, NOW + 300) == f"1 stream resumed after 300.0 s, 0 bytes lost; {line}"
@@ -94,11 +95,11 @@ def test_ended_otherwise_there_is_nothing_to_say() -> None:
 def test_a_second_one_is_counted_from_its_own_beginning() -> None:
     outages = begun(3)
     for _ in range(3):
-        outages.resumed(10)
+        outages.resumed("6", 10)
     outages.report(0, NOW + 1)
     outages.cut(NOW + 100)
     assert outages.report(1, NOW + 100) == "1 stream lost its link, resuming"
-    outages.resumed(5)
+    outages.resumed("7", 5)
     assert outages.report(0, NOW + 102) == "1 stream resumed after 2.0 s, 0 bytes lost"
     assert (outages.cuts, outages.resumptions, outages.replayed) == (4, 4, 35)
 
@@ -106,5 +107,5 @@ def test_a_second_one_is_counted_from_its_own_beginning() -> None:
 def test_a_stream_that_is_cut_again_in_the_same_outage_does_not_move_its_beginning() -> None:
     outages = begun(1)
     outages.cut(NOW + 5)
-    outages.resumed(0)
+    outages.resumed("8", 0)
     assert outages.report(0, NOW + 10) == "1 stream resumed after 10.0 s, 0 bytes lost"

@@ -20,7 +20,7 @@ class Outages:
         self.replayed = 0
         self._since: float | None = None
         self._said = False
-        self._resumed = 0
+        self._resumed: set[str] = set()  # each once, however often it went on
         self._lost = 0
 
     def cut(self, now: float) -> None:
@@ -29,11 +29,11 @@ class Outages:
         if self._since is None:
             self._since = now
 
-    def resumed(self, replayed: int) -> None:
-        """A stream went on; `replayed` bytes are sent again."""
+    def resumed(self, stream: str, replayed: int) -> None:
+        """A stream, named by its id, went on; `replayed` bytes are sent again."""
         self.resumptions += 1
         self.replayed += replayed
-        self._resumed += 1
+        self._resumed.add(stream)
 
     def lost(self) -> None:
         """A stream was given up for want of a link."""
@@ -54,8 +54,8 @@ class Outages:
             self._said = True
             return f"{_streams(waiting)} lost {'its' if waiting == 1 else 'their'} link, resuming"
         took = now - self._since
-        resumed, lost = self._resumed, self._lost
-        self._since, self._said, self._resumed, self._lost = None, False, 0, 0
+        resumed, lost = len(self._resumed), self._lost
+        self._since, self._said, self._resumed, self._lost = None, False, set(), 0
         parts = []
         if resumed:
             parts.append(f"{_streams(resumed)} resumed after {took:.1f} s, 0 bytes lost")

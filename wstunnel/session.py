@@ -216,7 +216,7 @@ class Session:
 
     def stream_resumed(self, stream: Stream) -> None:
         if self._attached(stream):
-            self.outages.resumed(stream.state.replayed)
+            self.outages.resumed(stream.state.id, stream.state.replayed)
 
     def stream_unknown(self, stream: Stream) -> bool:
         """Here: it ends."""
