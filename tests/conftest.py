@@ -16,3 +16,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="run each test of tests/chaos with N seeds (default 1, about four minutes; 20 take over an hour)",
     )
+    parser.addoption(
+        "--model-runs",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="play so many random schedules in tests/test_model.py (default 1000, ten seconds)",
+    )

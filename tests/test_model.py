@@ -15,7 +15,7 @@ from wstunnel.stream import Stream
 from wstunnel.wire.states import Exchange
 
 pytestmark = pytest.mark.timeout(900)  # under coverage on a busy machine
-BLOCKS, BLOCK = 40, 500  # 20,000 schedules in all
+BLOCK = 250  # schedules in one test
 BYTES = st.integers(0, 200).map(lambda size: bytes((size * 7 + i * 13) & 255 for i in range(size)))
 
 
@@ -85,7 +85,12 @@ TestTunnel.settings = settings(
 )
 
 
-@pytest.mark.parametrize("block", range(BLOCKS))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "block" in metafunc.fixturenames:
+        runs: int = metafunc.config.getoption("--model-runs")
+        metafunc.parametrize("block", range(max(runs // BLOCK, 1)))
+
+
 def test_random_schedules(block: int) -> None:
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
         try:

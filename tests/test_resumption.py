@@ -532,7 +532,7 @@ class TestEndsWhileDetached:
         await trio.sleep(9)
         assert near.outcome is None and far.outcome is None
         assert not app.reset_by_peer and not target.reset_by_peer
-        await trio.sleep(2)
+        await trio.sleep(5)
         assert near.outcome == far.outcome == ("lost", "no link for 10 s")
         assert app.reset_by_peer and target.reset_by_peer
         assert len(lines("1 stream could not be resumed and was reset")) == 2
@@ -624,8 +624,8 @@ class TestEndsWhileDetached:
         assert [stream.outcome for stream in far_streams] == [None, why, None]
         assert [app.reset_by_peer for app in apps] == [False, True, False]
         for role in ("client", "server"):
-            (line,) = lines(why[1], role)
-            assert line["target"] == "tcp:db:5432"
+            (line,) = lines("too many streams without a link: the oldest were reset", role)
+            assert line["count"] == 1
         monkeypatch.undo()
         await trio.sleep(3)
         assert all(streams[number].link is not None for number in (0, 2))
@@ -642,7 +642,7 @@ class TestGone:
         world.make_server()
         world.nursery.start_soon(world.server.sweep_forever)
         await until(lambda: lines("connected again"), 20)
-        await trio.sleep(1)
+        await trio.sleep(3)
         assert near.outcome == ("lost", "the peer does not know the stream any more")
         assert app.reset_by_peer
         assert len(world.dialled) == 1
@@ -1025,8 +1025,8 @@ class TestLog:
         world.dialler.error = None
         streams = list(world.session.streams.values())
         await until(lambda: all(stream.state.epoch and stream.link for stream in streams), 30)
-        await trio.sleep(0.1)
         took = trio.current_time() - begun
+        await trio.sleep(3)
         (said,) = {line.split(" principal=")[0] for line in texts(world, lines, "client", " resumed after ")}
         match = re.fullmatch(r"INFO wstunnel.client 2 streams resumed after (\d+\.\d) s, 0 bytes lost", said)
         assert match is not None, said
@@ -1047,10 +1047,10 @@ class TestLog:
             await world.settle()
         assert (world.session.outages.cuts, world.session.outages.resumptions) == (3, 3)
         assert world.session.outages.replayed == 15
-        (*_, last) = texts(world, lines, "client", "1 stream resumed after 0.0 s, 0 bytes lost")
-        assert last.endswith("cuts=3 resumptions=3 replayed=15")
         world.session.stop()
         await world.settle()
+        (said,) = texts(world, lines, "client", "1 stream resumed after 0.0 s, 0 bytes lost")
+        assert said.endswith("cuts=3 resumptions=3 replayed=15")
         (gone,) = lines("client gone")
         assert (gone["cuts"], gone["resumptions"]) == (3, 3)
 

@@ -41,12 +41,16 @@ class Absence:
         Returns:
             None if this one adds nothing; else whether it is the first of an absence, which is worth a line.
         """
-        if now < self.retry_at:
+        if self.away and now < self.retry_at:
             return None
         self.retry_at = now + self._backoff.failed()
         self.away = True
         first, self._said = not self._said, True
         return first
+
+    def ended(self) -> None:
+        """A dial has succeeded. Whether the server stays is another question: see `back`."""
+        self.away = False
 
     def hurry(self, now: float) -> None:
         """An application waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import secrets
@@ -49,6 +50,8 @@ _READY = frozenset({Exchange.NEW, Exchange.IDLE})
 """States of a link that can take a stream."""
 GONE_AT_ONCE = 128
 """Answers to one `detached` that are queued at a time: a link's queue is short."""
+GONE_PAUSE_SECONDS = 0.05
+"""Between two such batches."""
 
 
 class _Waiting(NamedTuple):
@@ -95,6 +98,7 @@ class ClientSession(Session):
         self._recovery = Recovery()  # streams that are detached, and not asked for on any link
         self._unknown: dict[str, None] = {}  # ids that the server thinks we have
         self._stalled: set[Link] = set()
+        self._resuming = False
         self._demand = Demand(idle_links)
         self._least = idle_links
         self._idle: list[Link] = []
@@ -149,19 +153,27 @@ class ClientSession(Session):
     def _missing(self) -> int:
         if self._stopping:
             return 0
-        self._stalled = {link for link in self._stalled if link.stalled}
         if not self._absence.welcomed:
             # The first one finds out whether the server takes us at all: one refusal in its log, not twelve.
             return int(not self._dialling and not self.links)
         # While links die young only those are dialled that somebody needs now.
         warm = self._demand.wanted() if self._absence.settled else 0
         return links_to_dial(
-            wanted=warm + (self._control is None),
+            wanted=warm,
             idle=len(self._idle),
-            waiting=len(self._waiting) + len(self._recovery) + len(self._stalled),
+            waiting=len(self._waiting) + (self._control is None) + self._unproved(),
             dialling=self._dialling,
             total=len(self.links),
         )
+
+    def _unproved(self) -> int:
+        """Streams for which no idle link will do: they wait already, or theirs is silent and none was heard since."""
+        needed = self._recovery.ready(self.reactor.now) + len(self._stalled)
+        if not needed:
+            return 0
+        # Links that have not been welcomed yet will do, and for those that are silent, links that were heard since.
+        since = max((link.last_received for link in self._stalled), default=math.inf)
+        return max(needed - sum(not link.protocol.greeted or link.last_received > since for link in self._idle), 0)
 
     def _next_role(self) -> LinkRole:
         return "control" if self._control is None and not self._dialling_control else "forward"
@@ -257,7 +269,7 @@ class ClientSession(Session):
             link.close(1000, "the server is stopping")
             self._failed(NetworkError("tunnel", "the server is stopping"))
             return
-        self._absence.away = False
+        self._absence.ended()
         if self._absence.settled:
             self._back()
         if link.protocol.role == "forward" and link.stream is None:
@@ -292,6 +304,7 @@ class ClientSession(Session):
         elif self._absence.died(link.created, self.reactor.now) or not link.protocol.greeted:
             self._failed(NetworkError("tunnel", reason))
         if self._stopping and not self.links:
+            self.leave()
             self.gone.set()
         self._changed.set()
 
@@ -316,16 +329,22 @@ class ClientSession(Session):
             not_before = self._recovery.add(stream, now)
             if not_before > now:
                 self.reactor.at(not_before, self._resume_waiting)
-            else:
+            elif not self._resuming:
+                self._resuming = True
                 self.reactor.later(self._resume_waiting)  # not now: a link is in the middle of its end
         return kept
 
     def _resume_waiting(self) -> None:
         """Resume on idle links as far as there are any; more are dialled."""
+        self._resuming = False
         for link in sorted(self._idle, key=lambda link: link.last_received, reverse=True):
-            if (stream := self._next_stream(link)) is not None:
-                self._idle.remove(link)
-                self._resume(stream, link)
+            if link.protocol.state is not Exchange.IDLE:
+                continue
+            stream = self._next_stream(link)
+            if stream is None:
+                break  # one that was heard even earlier serves nobody either
+            self._idle.remove(link)
+            self._resume(stream, link)
         self._changed.set()
 
     def _next_stream(self, link: Link) -> Stream | None:
@@ -385,6 +404,8 @@ class ClientSession(Session):
         for stream_id, epoch in zip_longest(message.streams, message.epochs[: len(message.streams)]):
             stream = self.streams.get(stream_id)
             if stream is None:
+                if len(self._unknown) >= limits.PRINCIPAL_STREAMS:
+                    raise ProtocolError("more unknown streams than a user may have", 1008)
                 self._unknown[stream_id] = None
             elif stream.link is not None and stream.state.epoch == (stream.state.epoch if epoch is None else epoch):
                 stream.link.give_up_stream("the server has lost this link")
@@ -400,6 +421,8 @@ class ClientSession(Session):
             del self._unknown[stream_id]
             control.protocol.send(Gone(stream=stream_id, outcome="unknown"))
         control.flush()
+        if self._unknown:
+            self.reactor.at(self.reactor.now + GONE_PAUSE_SECONDS, self._tell_unknown)
 
     def _server_drains(self, link: Link) -> None:
         """The server is going: its links take no stream any more."""
@@ -414,11 +437,17 @@ class ClientSession(Session):
     def stalled(self, link: Link) -> None:
         """Nothing comes back on a link: dial another at once, and see which of the idle ones are alive."""
         if link.stream is not None:
+            if not self._stalled:
+                self.reactor.later(self._ask_idle)
             self._stalled.add(link)
-        for idle in self._idle:
-            if idle.last_received < link.last_received and idle.protocol.greeted:
-                idle.ping()
         self._changed.set()
+
+    def _ask_idle(self) -> None:
+        """Which of the idle links are alive?"""
+        since = max((link.last_received for link in self._stalled), default=-math.inf)
+        for idle in list(self._idle):
+            if idle.last_received < since and idle.protocol.greeted:
+                idle.ping()
 
     # --- applications' connections ------------------------------------------------------------------------------------
 
@@ -483,6 +512,7 @@ class ClientSession(Session):
     def sweep(self, now: float) -> None:
         super().sweep(now)
         self._demand.second()
+        self._stalled = {link for link in self._stalled if link.stalled}
         self._tell_unknown()
         if self._recovery:
             self._resume_waiting()

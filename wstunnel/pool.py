@@ -46,11 +46,11 @@ def links_to_dial(*, wanted: int, idle: int, waiting: int, dialling: int, total:
     Args:
         wanted: idle links to keep.
         idle: links that are ready.
-        waiting: connections that wait for a link.
+        waiting: links that are needed now, for which none of the idle ones will do.
         dialling: dials under way.
         total: links in all.
     """
-    missing = wanted + waiting - idle - dialling
+    missing = max(wanted - idle, 0) + waiting - dialling
     return max(0, min(missing, limits.DIALS_AT_ONCE - dialling, limits.PRINCIPAL_LINKS - total - dialling))
 
 

@@ -66,6 +66,10 @@ class Recovery:
         self._cases.setdefault(stream, _Case()).afresh = True
         self._waiting[stream] = None
 
+    def ready(self, now: float) -> int:
+        """How many streams may be tried now."""
+        return sum(now >= self._cases[stream].not_before for stream in self._waiting)
+
     def next(self, heard: float, now: float) -> Stream | None:
         """The stream that has waited longest, of those that may be tried now, on a link that was heard at `heard`.
 

@@ -217,7 +217,8 @@ class Server:
         session.adopt_link(link)
         link.protocol.send(self._welcome(known=known, resume_window=int(session.resume_window)))
         session.welcomed(link)
-        if message.role == "control":
+        if message.role == "control" and not session.settled:
+            session.settled = True
             self._displace(session)
         link.ping()  # its round trip is wanted for the windows
 

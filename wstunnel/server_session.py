@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _log = logs.logger("server")
 
+DETACHED_PAUSE_SECONDS = 0.05
+"""Between two of them: a link's queue is short."""
 DETACHED_IDS = 256
 """Ids in one `detached`: the most that the message may have."""
 
@@ -32,12 +34,16 @@ class ServerSession(Session):
         principal: whose.
         server: where it is registered.
         hello: of its first link.
+
+    Attributes:
+        settled: it has had a control link, and taken the place of what an earlier client of its user left.
     """
 
     def __init__(self, session_id: str, principal: Principal, server: Server, hello: Hello) -> None:
         super().__init__(session_id, principal, server.reactor, _log)
         self._server = server
         self._features = frozenset(hello.features) & frozenset(FEATURES)
+        self.settled = False
         self._control: Link | None = None
         self._untold: dict[Stream, None] = {}  # detached, and the client does not know yet
         if "resume" in self._features:
@@ -104,11 +110,13 @@ class ServerSession(Session):
         control = self._control
         if not self._untold or control is None or control.blocked or control.protocol.state is not Exchange.IDLE:
             return
-        waiting = [stream for stream in self._untold if stream.link is None and stream.outcome is None]
+        waiting = [stream for stream in self._untold if stream.link is None]
         self._untold = dict.fromkeys(waiting[DETACHED_IDS:])
         told = [stream.state for stream in waiting[:DETACHED_IDS]]
         if told:
             control.send(Detached(streams=[state.id for state in told], epochs=[state.epoch for state in told]))
+        if self._untold:
+            self.reactor.at(self.reactor.now + DETACHED_PAUSE_SECONDS, self._tell_detached)
 
     def _resume(self, link: Link, message: Resume) -> None:
         """The client goes on with a stream on this link: detach first, then compare, all in this call."""
@@ -121,7 +129,7 @@ class ServerSession(Session):
             # An `open` of it that is still held back somewhere must not dial any more.
             stone = UNKNOWN
             tombstones.add(message.stream, stone, self.reactor.now)
-        if stream is None or stone is not None:
+        if stream is None or (stone is not None and stream.reason is not None):
             # With both, a repeated `open` is just being refused: that is not what became of the stream.
             assert stone is not None
             link.protocol.gone(stone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -174,7 +175,6 @@ class Session:
 
     def stream_starved(self, stream: Stream) -> None:
         self._starved[stream] = None
-        self.stream_held()  # bytes being sent fill the budgets, too
 
     def stream_held(self) -> None:
         if not self._relieving and self.principal.budget.exhausted():
@@ -207,7 +207,8 @@ class Session:
         if stream not in self._detached:
             self._detached[stream] = self.reactor.now
             self.principal.detached += 1
-            self.outages.cut(self.reactor.now)
+            silent = stream.proof_after
+            self.outages.cut(self.reactor.now if silent == -math.inf else silent)
             self._report()
             # Not now: whoever calls is in the middle of a link's end.
             if self.principal.detached > limits.PRINCIPAL_DETACHED or self._all_detached() > limits.DETACHED:
@@ -215,7 +216,7 @@ class Session:
         return True
 
     def stream_resumed(self, stream: Stream) -> None:
-        if self._attached(stream):
+        if self._attached(stream) and stream.reason is None:
             self.outages.resumed(stream.state.id, stream.state.replayed)
 
     def stream_unknown(self, stream: Stream) -> bool:
@@ -236,10 +237,10 @@ class Session:
             self._reporting = True
             self.reactor.later(self._say)
 
-    def _say(self) -> None:
+    def _say(self, *, final: bool = False) -> None:
         self._reporting = False
         outages = self.outages
-        line = outages.report(len(self._detached), self.reactor.now)
+        line = outages.report(len(self._detached), self.reactor.now, final=final)
         if line is not None:
             say = self.log.info if outages.over else self.log.warning
             say(
@@ -257,18 +258,21 @@ class Session:
 
     def _thin_out(self) -> None:
         """Too many streams without a link: those that have waited longest go, of the principal or of all."""
+        count = 0
         while True:
             if self.principal.detached > limits.PRINCIPAL_DETACHED:
                 principals = [self.principal]
             elif self._all_detached() > limits.DETACHED:
                 principals = list(self.principal.everyone.values())
             else:
-                return
+                break
             sessions = [session for one in principals for session in one.sessions if session._detached]
             oldest = min(sessions, key=lambda session: next(iter(session._detached.values())))
             stream = next(iter(oldest._detached))
-            self.log.warning("too many streams without a link: the oldest is reset", target=stream.target)
             stream.abandon("limit", "too many streams without a link: the oldest is reset")
+            count += 1
+        if count:
+            self.log.warning("too many streams without a link: the oldest were reset", count=count, **self.describe())
 
     def woke(self, now: float) -> None:
         """The machine or the process slept: no window ran meanwhile."""
@@ -285,14 +289,15 @@ class Session:
             if stream.link is not None and stream.outcome is None:
                 stream.state.ack_wanted = True
                 _guarded(stream.link, stream.link.flush)
-        while self._detached:
-            stream, since = next(iter(self._detached.items()))
+        for stream, since in list(self._detached.items()):
             if now - since < self.resume_window:
                 break
-            stream.abandon("lost", f"no link for {self.resume_window:.0f} s")
+            _guarded(stream, partial(stream.abandon, "lost", f"no link for {self.resume_window:.0f} s"))
+        if not self.outages.over:
+            self._say()
         starved, self._starved = self._starved, {}
         for stream in starved:
-            stream.refresh()
+            _guarded(stream, stream.refresh)
         for link in list(self.links):
             _guarded(link, partial(link.sweep, now))
         if not self.reactor.reports_hangups:
@@ -329,6 +334,7 @@ class Session:
 
     def leave(self) -> None:
         """The session is over: it no longer counts for its principal."""
+        self._say(final=True)
         self.principal.sessions.discard(self)
 
 

@@ -377,11 +377,11 @@ class Stream(Handler):
         """The stream goes on on its new link, with the next flush. `address`: what the egress dialled, if it did."""
         if self.state.opened and not self._announced:
             self.opened(address or "")
+        self.owner.stream_resumed(self)
         if self.reason is None and self.state.reset_wanted is not None:
             self.reset(*self.state.reset_wanted)  # the offsets could not be
         elif self._write_failed:
             self._reset_when_delivered()  # this may have been the ack that it waits for
-        self.owner.stream_resumed(self)
 
     def gone(self, outcome: str, code: str, message: str) -> None:
         """The peer's answer to `resume`: the stream cannot go on. It has no link any more."""

@@ -118,9 +118,9 @@ class TestRoom:
     def test_the_budget(self) -> None:
         budget = Budget(1000)
         outbound, other = Outbound(budget), Outbound(budget)
-        outbound.append(bytes(900))
-        assert outbound.room() == other.room() == 100
-        other.append(bytes(100))
+        outbound.append(bytes(800))
+        assert outbound.room() == other.room() == 75, "an eighth is left for what peers were granted"
+        other.append(bytes(75))
         assert outbound.room() == other.room() == 0
 
     def test_none_after_the_end(self) -> None:

@@ -6,7 +6,7 @@ from wstunnel.limits import BLOCK_BYTES, SCRATCH_BYTES
 
 SPARE_FROM_BYTES = SCRATCH_BYTES // 2
 """Pieces of at least this go into a spare block of SCRATCH_BYTES: half of it is wasted at most."""
-SPARE_BLOCKS = 64
+SPARE_BLOCKS = 32
 """Blocks kept for use again. A fresh one of this size costs the kernel 64 page faults, more than the copy into it."""
 _spare: list[bytearray] = []
 

@@ -45,6 +45,15 @@ class Budget:
             own = min(own, self.parent.capacity - self.parent.held)
         return max(own, 0)
 
+    def reading_room(self) -> int:
+        """Bytes that may still be read from applications: up to 7/8. The rest is for what peers were granted, so that
+        reading, which can wait, never makes the largest stream be reset.
+        """
+        own = self.capacity - self.capacity // 8 - self.held
+        if self.parent is not None:
+            own = min(own, self.parent.capacity - self.parent.capacity // 8 - self.parent.held)
+        return max(own, 0)
+
     def growing(self) -> bool:
         """Windows may grow: under 50 %."""
         return self.level() < 0.5

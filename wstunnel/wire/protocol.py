@@ -84,7 +84,7 @@ class StreamState:
         reset_wanted: the reset to send once all queued data is on the link; stays until it was answered.
         epoch: of the last `resume`; 0 before the first.
         replayed: bytes that the last resumption sends again.
-        answered: a `resume` was: the peer has the stream.
+        answered: the peer has shown that it has the stream, if only by an ack.
     """
 
     __slots__ = (
@@ -304,6 +304,7 @@ class LinkProtocol:
         stream = self.stream
         assert stream is not None
         if isinstance(message, Ack):
+            stream.answered = True
             stream.outbound.acknowledge(message.consumed, message.limit)
             self._settle()
         elif isinstance(message, Opened):
