@@ -15,11 +15,11 @@ from tests.cli.conftest import Invoke, Program
 from wstunnel.cli.group import COMMANDS, wstunnel
 
 FLAGS = {
-    "server": "--port --bind --path --plain --cert --key --allow --state-dir -v -q --log-format",
+    "server": "--port --bind --path --plain --cert --key --allow --max-resume-window --state-dir -v -q --log-format",
     "invite": "--host --state-dir -v -q",
     "login": "--profile -v -q",
     "profiles": "-v -q",
-    "client": "-L --profile --ca --pin --idle-links --exit-on-forward-failure -v -q --log-format",
+    "client": "-L --profile --ca --pin --idle-links --resume-window --exit-on-forward-failure -v -q --log-format",
     "demo": "-v -q",
 }
 SIGNAL_ON_IMPORT = """

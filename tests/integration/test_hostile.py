@@ -288,7 +288,7 @@ def _open(*, n: int, stream: str = "") -> bytes:
     return _text(type="open", n=n, stream=stream or raw.new_id(), target="tcp:127.0.0.1:1")
 
 
-_RESUME = _text(type="resume", n=1, stream=raw.new_id(), epoch=1, received=0, consumed=0, limit=0)
+_RESUMED = _text(type="resumed", n=1, received=0, consumed=0, limit=0)
 
 
 class TestMessages:
@@ -361,7 +361,7 @@ class TestMessages:
             pytest.param(_open(n=0), id="open-counts-0"),
             pytest.param(_open(n=1, stream="../../etc"), id="open-bad-id"),
             pytest.param(_text(type="bye"), id="bye-on-a-forward-link"),
-            pytest.param(_RESUME, id="resume"),
+            pytest.param(_RESUMED, id="resumed"),
         ],
     )
     def test_out_of_state(self, link: RawLink, good_stream: socket.socket, data: bytes) -> None:

@@ -60,11 +60,13 @@ class TestServerGone:
             said = len(client.stderr)
 
             crashing.kill()
-            with pytest.raises(ConnectionResetError):
-                app.recv(1)
             wait_until(lambda: len(_said_of_the_server(client, said)) == 1, "the client to say that the server is away")
 
             stack.enter_context(Server(tmp_path, plain=False, port=invitation.port, name="restarted"))
+            with pytest.raises(
+                ConnectionResetError
+            ):  # it waits for its stream until the server says that it knows none
+                app.recv(1)
             wait_until(lambda: _works_again(client, echo.address), "the tunnel to work again", within=60)
             assert client.running
             # Once that it is away and once that it is back, not once a link or once a try.

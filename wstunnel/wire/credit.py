@@ -39,13 +39,6 @@ class Budget:
         return own if self.parent is None else max(own, self.parent.held / self.parent.capacity)
 
     def room(self) -> int:
-        """Bytes until the first of the two is full, >= 0."""
-        own = self.capacity - self.held
-        if self.parent is not None:
-            own = min(own, self.parent.capacity - self.parent.held)
-        return max(own, 0)
-
-    def reading_room(self) -> int:
         """Bytes that may still be read from applications: up to 7/8. The rest is for what peers were granted, so that
         reading, which can wait, never makes the largest stream be reset.
         """

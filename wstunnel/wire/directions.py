@@ -41,7 +41,7 @@ class Outbound:
             return 0
         replay = self.replay
         room = min(self.limit, replay.start + SEND_MAX) - replay.end
-        return min(room, self.budget.reading_room()) if room > 0 else 0
+        return min(room, self.budget.room()) if room > 0 else 0
 
     def queued(self) -> int:
         """Bytes that were read and are not on the link yet."""
