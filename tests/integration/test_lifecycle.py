@@ -63,9 +63,7 @@ class TestServerGone:
             wait_until(lambda: len(_said_of_the_server(client, said)) == 1, "the client to say that the server is away")
 
             stack.enter_context(Server(tmp_path, plain=False, port=invitation.port, name="restarted"))
-            with pytest.raises(
-                ConnectionResetError
-            ):  # it waits for its stream until the server says that it knows none
+            with pytest.raises(ConnectionResetError):  # only now does it hear that the stream is unknown
                 app.recv(1)
             wait_until(lambda: _works_again(client, echo.address), "the tunnel to work again", within=60)
             assert client.running
