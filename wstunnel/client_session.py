@@ -128,11 +128,7 @@ class ClientSession(Session):
                 if self._refusal is not None:
                     raise self._refusal
                 self._changed = trio.Event()
-                if (
-                    self._absence.away
-                    and not self._stopping
-                    and not any(not link.protocol.greeted for link in self.links)
-                ):
+                if self._absence.away and not self._stopping and all(link.protocol.greeted for link in self.links):
                     # One dial at a time finds out when the server is back; its `welcome` ends the absence.
                     if self._waiting:
                         self._absence.hurry(trio.current_time())
@@ -355,12 +351,8 @@ class ClientSession(Session):
 
     def _resume(self, stream: Stream, link: Link) -> None:
         if self._recovery.take(stream, self.reactor.now):
-            stream.boot = self._boots[link]
-            stream.link = link
-            link.attach(stream)
-            link.open(stream.state, target=stream.target, peer=stream.peer)
+            self._begin(stream, link)
             self.stream_resumed(stream)
-            self.reactor.later(link.flush)
         else:
             stream.state.epoch += 1
             stream.asked = self._boots[link]
@@ -407,10 +399,8 @@ class ClientSession(Session):
                 if len(self._unknown) >= limits.PRINCIPAL_STREAMS:
                     raise ProtocolError("more unknown streams than a user may have", 1008)
                 self._unknown[stream_id] = None
-            elif stream.link is not None and stream.state.epoch == (stream.state.epoch if epoch is None else epoch):
-                stream.link.give_up_stream("the server has lost this link")
-                self.stream_detached(stream)
-                stream.refresh()
+            elif stream.link is not None and epoch in (None, stream.state.epoch):
+                stream.link.close(1000, "the server has lost this link")
         self._tell_unknown()
 
     def _tell_unknown(self) -> None:
@@ -478,17 +468,19 @@ class ClientSession(Session):
         return None
 
     def _open(self, link: Link, sock: socket.socket, forward: Forward, peer: str) -> None:
-        target = str(forward.target)
-        stream = self.make_stream(secrets.token_urlsafe(16), egress=False, target=target, peer=peer)
-        stream.boot = self._boots.get(link, self._boot)
-        stream.link = link
-        link.attach(stream)
-        link.open(stream.state, target=target, peer=peer)
+        stream = self.make_stream(secrets.token_urlsafe(16), egress=False, target=str(forward.target), peer=peer)
+        self._begin(stream, link)
         stream.start(self.reactor, sock)
-        # Not now: the reactor first reads what the application sent, so `open` and early data go out in one write.
-        self.reactor.later(link.flush)
         self._demand.opened()
         self._changed.set()
+
+    def _begin(self, stream: Stream, link: Link) -> None:
+        """Ask the server to open the stream, on this idle link."""
+        stream.boot = self._boots.get(link, self._boot)
+        link.attach(stream)
+        link.open(stream.state, target=stream.target, peer=stream.peer)
+        # Not now: the reactor first reads what the application sent, so `open` and early data go out in one write.
+        self.reactor.later(link.flush)
 
     async def _expire_waiting(self) -> None:
         """Reset connections that no link came for."""

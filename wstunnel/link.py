@@ -250,9 +250,7 @@ class Link(Handler):
             if self.protocol.state is Exchange.IDLE:
                 self._free()
         elif isinstance(event, Gone) and stream is not None:
-            self.stream = stream.link = None
-            self._asked_at = None
-            self.idle_since = self.reactor.now
+            self._release()
             stream.gone(event.outcome, event.code, event.message)
             self.owner.idle(self)
         elif isinstance(event, Pong):
@@ -416,18 +414,25 @@ class Link(Handler):
     def attach(self, stream: Stream) -> None:
         """The link carries `stream` now; the protocol's exchange has begun or begins next."""
         self.stream = stream
+        stream.link = self
         self._asked_at = None
 
     def _free(self) -> None:
         """The exchange is over on both sides."""
+        stream = self._release()
+        if stream is not None:
+            self.last_id = stream.state.id
+            stream.finished()
+        self.owner.idle(self)
+
+    def _release(self) -> Stream | None:
+        """The link carries nothing any more. Returns what it carried."""
         stream, self.stream = self.stream, None
         self._asked_at = None
         self.idle_since = self.reactor.now
         if stream is not None:
-            self.last_id = stream.state.id
             stream.link = None
-            stream.finished()
-        self.owner.idle(self)
+        return stream
 
     def _detach(self, reason: str) -> None:
         stream, self.stream = self.stream, None
@@ -454,7 +459,6 @@ class Link(Handler):
     def resume(self, stream: Stream) -> None:
         """Client: go on with a stream on this idle link. Its epoch was raised."""
         self.attach(stream)
-        stream.link = self
         try:
             self.protocol.resume(stream.state, opened=stream.dialled())
         except ProtocolError as error:
@@ -471,7 +475,6 @@ class Link(Handler):
         """
         self.protocol.resumed(stream.state, message, opened=stream.dialled())
         self.attach(stream)
-        stream.link = self
         stream.resumed(message.opened)
 
     def give_up_stream(self, reason: str) -> None:

@@ -11,7 +11,7 @@ from wstunnel.session import Principal, Session
 from wstunnel.targets import parse_target
 from wstunnel.wire.messages import FEATURES, AnyMessage, Bye, Detached, Drain, Gone, Hello, Open, Resume
 from wstunnel.wire.states import Exchange
-from wstunnel.wire.tombstones import FINISHED, UNKNOWN, Tombstone
+from wstunnel.wire.tombstones import FINISHED, UNKNOWN, Tombstone, Tombstones
 
 if TYPE_CHECKING:
     from wstunnel.link import Link
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 _log = logs.logger("server")
 
-DETACHED_PAUSE_SECONDS = 0.05
-"""Between two of them: a link's queue is short."""
 DETACHED_IDS = 256
 """Ids in one `detached`: the most that the message may have."""
+DETACHED_PAUSE_SECONDS = 0.05
+"""Between two of them: a link's queue is short."""
 
 
 class ServerSession(Session):
@@ -120,9 +120,7 @@ class ServerSession(Session):
 
     def _resume(self, link: Link, message: Resume) -> None:
         """The client goes on with a stream on this link: detach first, then compare, all in this call."""
-        tombstones = self.principal.tombstones
-        tombstones.forget(link.last_id)
-        link.last_id = None
+        tombstones = self._went_on(link)
         stream = self.streams.get(message.stream)
         stone = tombstones.find(message.stream)
         if stream is None and stone is None:
@@ -149,6 +147,13 @@ class ServerSession(Session):
             if stream.outcome is not None:
                 link.protocol.gone(_stone(stream.outcome))
 
+    def _went_on(self, link: Link) -> Tombstones:
+        """The client begins another exchange on the link: it will not ask again for what ended there."""
+        tombstones = self.principal.tombstones
+        tombstones.forget(link.last_id)
+        link.last_id = None
+        return tombstones
+
     def _unknown_to_client(self, message: Gone) -> None:
         stream = self.streams.get(message.stream or "")
         if stream is not None and stream.link is None:
@@ -156,15 +161,12 @@ class ServerSession(Session):
 
     def _accept(self, link: Link, message: Open) -> None:
         """A client asks for a stream. The stream is registered in this call: early data may follow in the same read."""
-        tombstones = self.principal.tombstones
-        tombstones.forget(link.last_id)
-        link.last_id = None
+        tombstones = self._went_on(link)
         if message.stream in self.streams:
             raise ProtocolError("open repeats the id of a live stream")
         full = self.principal.streams >= self._server.share(limits.PRINCIPAL_STREAMS)
         stream = self.make_stream(message.stream, egress=True, target=message.target, peer=link.peer)
         stream.application = message.peer
-        stream.link = link
         link.attach(stream)
         link.protocol.accept(stream.state)
         if message.stream in tombstones:

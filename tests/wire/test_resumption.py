@@ -553,6 +553,16 @@ class TestGone:
         assert protocol.state is Exchange.IDLE
 
 
+def resumed_elsewhere(stream: StreamState, *, received: int) -> None:
+    """Cut the stream's link, and have the server answer on another that it has so many bytes, all of them consumed."""
+    stream.link_lost()
+    stream.epoch = 1
+    protocol = new_link("client")
+    protocol.resume(stream, opened=None)
+    pull(protocol)
+    feed(protocol, Resumed(n=1, received=received, consumed=received, limit=WINDOW_FIRST))
+
+
 class TestAfresh:
     """A stream that was never answered is opened again under another id, with all its bytes."""
 
@@ -588,24 +598,14 @@ class TestAfresh:
         elif heard == "ack":
             feed(protocol, Ack(n=1, consumed=1, limit=WINDOW_FIRST))
         else:
-            stream.link_lost()
-            stream.epoch = 1
-            protocol = new_link("client")
-            protocol.resume(stream, opened=None)
-            pull(protocol)
-            feed(protocol, Resumed(n=1, received=1, consumed=1, limit=WINDOW_FIRST))
+            resumed_elsewhere(stream, received=1)
         assert not stream.unanswered()
 
     def test_not_once_it_was_resumed_though_nothing_had_arrived(self) -> None:
         """A server that says `unknown` after that has forgotten the stream; the target was dialled all the same."""
         protocol = new_link("client")
         stream = open_stream(protocol, answered=False)
-        stream.link_lost()
-        stream.epoch = 1
-        protocol = new_link("client")
-        protocol.resume(stream, opened=None)
-        pull(protocol)
-        feed(protocol, Resumed(n=1, received=0, consumed=0, limit=WINDOW_FIRST))
+        resumed_elsewhere(stream, received=0)
         assert not stream.unanswered()
 
     def test_never_by_the_egress(self) -> None:
