@@ -5,8 +5,9 @@
 It says `forwarding PORT control PORT` on stderr once both accept. The control port speaks lines, each answered by one:
 
     fault KIND [all|one|busy] [SECONDS]     do it now; answered with the number of connections it hit
-    every SECONDS all|any KIND…             faults of these kinds in random order, SECONDS apart in the mean,
-                                            on all connections, or on all as often as on one
+    every SECONDS PATIENCE all|any KIND…    faults of these kinds in random order, SECONDS apart in the mean, each up
+                                            to PATIENCE seconds later if data does not flow, on all connections, or on
+                                            all as often as on one
     calm                                    no more of that
     counts                                  what happened so far, as JSON
 """
@@ -38,6 +39,8 @@ BUSY_BYTES = 8192
 """A connection counts as busy only beyond this: less is its own TLS and HTTP handshake."""
 BUSY_SECONDS = 0.5
 """... and only when its last byte is no older."""
+PATIENCE_STEP_SECONDS = 0.1
+"""How often a fault that waits for data to flow looks again."""
 TEAR_SECONDS = 0.2
 """`fin` waits this long for a read to cut in two."""
 LINGER_SECONDS = 1.0
@@ -354,21 +357,31 @@ class Forwarder:
             self._listener = None
             self._later(seconds, self._listen)
 
-    def every(self, seconds: float, scopes: Sequence[str], kinds: list[str]) -> None:
+    def every(self, seconds: float, patience: float, scopes: Sequence[str], kinds: list[str]) -> None:
         """Faults of these kinds in random order and at random times, until the next call."""
         self._schedule += 1
         serial = self._schedule
 
         deck: list[str] = []
 
-        def strike() -> None:
-            if serial == self._schedule and kinds:
-                if not deck:  # each comes once before one comes again: no kind is left out by chance
-                    deck.extend(self._random.sample(kinds, len(kinds)))
-                self.fault(deck.pop(), self._random.choice(scopes))
-                self._later(self._random.uniform(0.5, 1.5) * seconds, strike)
+        def plan() -> None:
+            pause = self._random.uniform(0.5, 1.5) * seconds
+            latest = time.monotonic() + pause + patience
+            self._later(pause, lambda: strike(latest))
 
-        self._later(self._random.uniform(0.5, 1.5) * seconds, strike)
+        def strike(latest: float) -> None:
+            if serial != self._schedule or not kinds:
+                return
+            now = time.monotonic()
+            if now < latest and not any(connection.is_busy(now) for connection in self._connections):
+                self._later(PATIENCE_STEP_SECONDS, lambda: strike(latest))
+                return
+            if not deck:  # each comes once before one comes again: no kind is left out by chance
+                deck.extend(self._random.sample(kinds, len(kinds)))
+            self.fault(deck.pop(), self._random.choice(scopes))
+            plan()
+
+        plan()
 
     # --- control
 
@@ -395,11 +408,11 @@ class Forwarder:
         match words:
             case ["fault", kind, *rest] if kind in KINDS:
                 return self.fault(kind, rest[0] if rest else "all", float(rest[1]) if len(rest) > 1 else None)
-            case ["every", seconds, scope, *kinds] if scope in SCOPES and set(kinds) <= set(KINDS):
-                self.every(float(seconds), SCOPES[scope], kinds)
+            case ["every", seconds, patience, scope, *kinds] if scope in SCOPES and set(kinds) <= set(KINDS):
+                self.every(float(seconds), float(patience), SCOPES[scope], kinds)
                 return "ok"
             case ["calm"]:
-                self.every(0.0, SCOPES["all"], [])
+                self.every(0.0, 0.0, SCOPES["all"], [])
                 return "ok"
             case ["counts"]:
                 return {**self.counts, "open": len(self._connections), "faults": self.faults, "cut": self.cut}

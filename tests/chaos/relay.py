@@ -113,12 +113,13 @@ class Relay(Process):
         return hit
 
     @contextmanager
-    def faults(self, seconds: float, *kinds: str, scope: str = "any") -> Iterator[None]:
+    def faults(self, seconds: float, *kinds: str, scope: str = "any", patience: float = 0.0) -> Iterator[None]:
         """While the context lasts: faults of these kinds in random order, so many seconds apart in the mean.
 
+        While no connection is busy each waits, up to `patience` seconds: so what it hits has recovered.
         `scope` is `all`: each hits all connections; or `any`: half of them hit one, which is often a busy one.
         """
-        assert self._command("every", str(seconds), scope, *kinds) == "ok"
+        assert self._command("every", str(seconds), str(patience), scope, *kinds) == "ok"
         try:
             yield
         finally:

@@ -42,11 +42,13 @@ class Mix:
         seconds: from one to the next, in the mean.
         kinds: in random order, each once before one comes again.
         hits: how many of them must have ended connections with data on them before a workload may end.
+        patience: seconds for which one waits until data flows again.
     """
 
     seconds: float
     kinds: tuple[str, ...]
     hits: int
+    patience: float = 0.0
 
     def is_enough(self, counts: Counts) -> bool:
         """Whether there were so many hits, and something of every kind."""
@@ -55,8 +57,9 @@ class Mix:
 
 MIXES = {
     "cuts": Mix(0.6, ("rst", "fin", "half"), hits=4),
-    # A round is not much shorter than a black hole goes unnoticed, 8 s: else the next one hits what just recovered.
-    "outages": Mix(1.5, ("outage", "freeze", "black_hole", "fin"), hits=2),
+    # A black hole may go unnoticed for 25 s, by the end that only receives and whose control link is in it too. Without
+    # patience the next ones hit whatever is dialled meanwhile, and nothing flows for minutes.
+    "outages": Mix(1.5, ("outage", "freeze", "black_hole", "fin"), hits=2, patience=30.0),
 }
 
 
@@ -106,7 +109,7 @@ def _enough(faults: Mix, relay: Relay) -> Iterator[Enough]:
         enough.set()
 
     thread = threading.Thread(target=watch)
-    with relay.faults(faults.seconds, *faults.kinds):
+    with relay.faults(faults.seconds, *faults.kinds, patience=faults.patience):
         thread.start()
         try:
             yield enough

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.integration.sockets import Listener
 
-WAIT_SECONDS = 45.0
+WAIT_SECONDS = 60.0
 """For any one blocking call. The longest pause that the tunnel may make: a black hole, 9 s; refused dials and their
 back-off after it; and all of it once more, on a busy machine."""
 PIECE_BYTES = 200_000
