@@ -6,12 +6,14 @@ import fcntl
 import io
 import json
 import logging
+import math
 import os
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 import pytest
@@ -37,6 +39,28 @@ def configured(verbosity: int = 0, format: str = "text", environ: dict[str, str]
     stream = io.StringIO()
     logs.configure(verbosity=verbosity, format=format, stream=stream, environ=environ or {})  # type: ignore[arg-type]
     return stream
+
+
+VALUES = st.one_of(
+    st.text(alphabet='ab:/ ="\\\n\x7fé', max_size=5),
+    st.text(max_size=5),
+    st.just("x" * 257),
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    st.binary(max_size=3),
+    st.sampled_from(["", "\udc80", "\x7f", 1 << 70, -(1 << 70)]),
+)
+
+
+def shown_alone(value: object) -> str:
+    if type(value) is float:
+        return str(round(value, 3))
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "true", False: "false"}[value]
+    text = logs.escape(value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value))
+    return '"' + text.replace('"', '\\"') + '"' if not text or set(text) & set(' "=') else text
 
 
 class TestText:
@@ -130,6 +154,14 @@ class TestText:
             log.info("opened", stream="x y")
         assert caplog.messages == ['opened stream="x y"']
 
+    @given(st.dictionaries(st.from_regex("[a-z_]{1,8}", fullmatch=True), VALUES, max_size=4))
+    def test_each_value_looks_as_if_it_were_alone(self, fields: dict[str, object]) -> None:
+        """Values that need nothing are looked at together, and none may hide in another."""
+        stream = configured()
+        log.info("m", **fields)
+        alone = [f" {name}={shown_alone(value)}" for name, value in fields.items()]
+        assert stream.getvalue().split("Z ", 1)[1] == "m" + "".join(alone) + "\n"
+
 
 class TestEscape:
     @given(st.text(), st.integers(2, 40))
@@ -186,6 +218,44 @@ class TestJson:
                 "e": "x",
             },
         }
+
+    @given(st.dictionaries(st.text(max_size=4), VALUES, max_size=4), st.text(max_size=4))
+    def test_any_value_is_printable_ascii_and_comes_back(self, fields: dict[str, object], message: str) -> None:
+        stream = configured(format="json")
+        log.info(message, **fields)
+        text = stream.getvalue()
+        assert text.isascii()
+        assert text[:-1].isprintable()
+        line = json.loads(text)
+        assert line["message"] == message
+        assert list(line["fields"]) == list(fields)
+        for name, value in fields.items():
+            expected = value
+            if isinstance(value, bytes):
+                expected = value.decode("utf-8", "backslashreplace")
+            elif isinstance(value, float) and not math.isfinite(value):
+                expected = str(value)
+            elif value == "x" * 257:
+                expected = "x" * 255 + "…"
+            assert line["fields"][name] == expected
+            assert type(line["fields"][name]) is type(expected)
+
+    @pytest.mark.parametrize(
+        ("value", "shown"),
+        [("\x7f", r'"\u007f"'), ("\udc80", r'"\udc80"'), ("é", r'"\u00e9"'), (1 << 70, "1180591620717411303424")],
+    )
+    def test_what_the_quick_encoder_cannot_do(self, value: object, shown: str) -> None:
+        stream = configured(format="json")
+        log.info("m", v=value)
+        assert stream.getvalue().endswith(f'"fields":{{"v":{shown}}}}}\n')
+
+    def test_a_subclass_of_str_is_its_text(self) -> None:
+        class Word(str):
+            __slots__ = ()
+
+        stream = configured(format="json")
+        log.info("m", v=Word("w"))
+        assert json.loads(stream.getvalue())["fields"] == {"v": "w"}
 
     def test_announce_and_levels(self) -> None:
         stream = configured(1, "json")
@@ -259,6 +329,87 @@ class TestLevels:
         log.info("once")
         assert first.getvalue() == ""
         assert second.getvalue().count("once") == 1
+
+
+class TestWhoElseListens:
+    """A line becomes a record of `logging` only if somebody besides our own handler could see it."""
+
+    @pytest.fixture
+    def source(self) -> Iterator[logging.Logger]:
+        logger = logging.getLogger("wstunnel.test")
+        yield logger
+        logger.handlers.clear()
+        logger.filters.clear()
+        logger.propagate = True
+        logger.disabled = False
+        logger.setLevel(logging.NOTSET)
+
+    def test_nobody(self) -> None:
+        def refused(*_: object, **__: object) -> logging.LogRecord:
+            raise AssertionError("a record was made")
+
+        stream = configured()
+        factory = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(refused)
+        try:
+            log.info("m", v=1)
+        finally:
+            logging.setLogRecordFactory(factory)
+        assert stream.getvalue().endswith("Z m v=1\n")
+
+    @pytest.mark.parametrize("name", ["wstunnel", "wstunnel.test"])
+    def test_another_handler_gets_it_too(self, source: logging.Logger, name: str) -> None:
+        stream, other = configured(), io.StringIO()
+        logging.getLogger(name).addHandler(logging.StreamHandler(other))
+        log.info("m", v="x y")
+        assert stream.getvalue().endswith('Z m v="x y"\n')
+        assert other.getvalue() == 'm v="x y"\n'
+
+    def test_the_root_of_all_logs_gets_it_if_asked(self, caplog: pytest.LogCaptureFixture) -> None:
+        stream = configured()
+        log.info("apart")
+        logging.getLogger("wstunnel").propagate = True
+        log.info("shared")
+        assert caplog.messages == ["shared"]
+        assert stream.getvalue().count("\n") == 2
+
+    @pytest.mark.parametrize("where", ["source", "handler"])
+    def test_filters_are_asked(self, source: logging.Logger, where: str) -> None:
+        stream = configured()
+        asked = source if where == "source" else logging.getLogger("wstunnel").handlers[0]
+        asked.addFilter(lambda record: "secret" not in record.getMessage())
+        log.info("secret")
+        log.info("known")
+        assert re.fullmatch(f"{TIME}Z known\n", stream.getvalue())
+
+    def test_the_handlers_own_level_counts(self) -> None:
+        stream = configured()
+        logging.getLogger("wstunnel").handlers[0].setLevel(logging.WARNING)
+        log.info("i")
+        log.warning("w")
+        assert re.fullmatch(f"{TIME}Z warning: w\n", stream.getvalue())
+
+    def test_one_source_can_be_turned_off(self, source: logging.Logger) -> None:
+        stream = configured()
+        source.propagate = False
+        source.addHandler(logging.NullHandler())
+        log.error("e")
+        source.handlers.clear()
+        source.propagate = True
+        source.disabled = True
+        log.error("e")
+        assert stream.getvalue() == ""
+
+    def test_a_logger_between_is_not_passed_over(self) -> None:
+        stream = configured()
+        between = logging.getLogger("wstunnel.between")
+        below = logs.logger("between.below")
+        other = io.StringIO()
+        between.addHandler(logging.StreamHandler(other))
+        below.info("m")
+        between.handlers.clear()
+        assert other.getvalue() == "m\n"
+        assert stream.getvalue().endswith("Z m\n")
 
 
 class TestJournal:
@@ -442,6 +593,56 @@ def test_the_handler_closes_what_it_opened() -> None:
     os.close(pipe.reader)
 
 
+def test_a_full_socket_loses_lines_and_says_so_later() -> None:
+    reader, writer = socket.socketpair()
+    with reader, open(writer.detach(), "w", encoding="utf-8") as stream:
+        logs.configure(verbosity=0, format="text", stream=stream, environ={})
+        root = logging.getLogger("wstunnel")
+        while not root.handlers[0]._lost:  # type: ignore[attr-defined]  # what a socket holds is the system's matter
+            log.info("m", v="x" * 250)
+        log.info("lost as well")
+        drained(reader)
+        log.info("seen")
+        assert re.search(
+            r"Z warning: log lines were lost: nobody took them lines=2\n" + TIME + "Z seen\n$", drained(reader)
+        )
+        assert os.get_blocking(stream.fileno())
+        stream.close()
+        configured()
+        assert reader.recv(1) == b""  # the end: no other descriptor of the socket is open
+
+
+def drained(reader: socket.socket) -> str:
+    data = b""
+    try:
+        while True:
+            data += reader.recv(1 << 20, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return data.decode()
+
+
+def test_a_line_costs_no_question_where_writing_cannot_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file, and a pipe that was opened once more: one system call a line."""
+    pipe = Pipe(blocking=True)
+    with open(tmp_path / "log", "w", encoding="utf-8") as stream:
+        for target in (pipe.stream, stream):
+            logs.configure(verbosity=0, format="text", stream=target, environ={})
+            log.info("first")
+            with monkeypatch.context() as patch:
+                for name in ("fstat", "get_blocking", "open", "isatty"):
+                    patch.setattr(os, name, refuse)
+                patch.setattr(logging.getLogger("wstunnel").handlers[0], "_poll", None)
+                log.info("second")
+    assert pipe.read().endswith("Z second\n")
+    assert (tmp_path / "log").read_text().endswith("Z second\n")
+    configured()
+    pipe.close()
+
+
+def refuse(*_: object) -> object:
+    raise AssertionError("asked")
+
+
 def test_without_proc_a_long_line_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Pipe(blocking=True)
 
@@ -457,6 +658,25 @@ def test_without_proc_a_long_line_goes_in_pieces(monkeypatch: pytest.MonkeyPatch
     lines = (first[4096:] + pipe.read()).splitlines()
     assert lines[0].endswith("field_23=" + "x" * 256)
     assert lines[1].endswith("Z next")
+    pipe.close()
+
+
+def test_without_proc_a_full_pipe_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipe(blocking=True)
+
+    def refused(*_: object) -> int:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "open", refused)
+    pipe.fill()
+    written: list[bytes] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda _descriptor, data: written.append(data))
+        log.info("lost")
+    assert written == []  # it would have waited
+    pipe.read()
+    log.info("seen")
+    assert " lines=1\n" in pipe.read()
     pipe.close()
 
 
