@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import errno
+import hashlib
 import ipaddress
 import logging
 import os
@@ -21,13 +22,22 @@ import pytest
 import trio
 import trustme
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from hypothesis import given
+from hypothesis import strategies as st
 
 from wstunnel import tls
 from wstunnel.errors import LocalError, NetworkError, TrustError
 from wstunnel.transport import Transport
+
+FORGEABLE = ssl.PEM_cert_to_DER_cert(trustme.CA().issue_cert("localhost").cert_chain_pems[0].bytes().decode())
+
+
+def openssl(*arguments: str | Path) -> bytes:
+    return subprocess.run(["openssl", *arguments], capture_output=True, check=True).stdout
 
 
 def own(directory: Path, *names: str) -> tuple[Path, Path]:
@@ -193,6 +203,79 @@ class TestPins:
         path.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n")
         with pytest.raises(LocalError, match=r"the certificate .*cut\.pem is malformed"):
             tls.certificate_pin(path)
+
+    @pytest.mark.parametrize("kind", ["RSA:2048", "EC:P-256", "EC:P-521", "ED25519", "ED448"])
+    @pytest.mark.parametrize("version", [1, 3])
+    def test_every_kind_of_certificate(self, kind: str, version: int, tmp_path: Path) -> None:
+        algorithm, _, size = kind.partition(":")
+        option = {"RSA": "rsa_keygen_bits:", "EC": "ec_paramgen_curve:"}.get(algorithm, "") + size
+        key, request, certificate = tmp_path / "key.pem", tmp_path / "request.pem", tmp_path / "certificate.pem"
+        openssl("genpkey", "-algorithm", algorithm, *(("-pkeyopt", option) if option else ()), "-out", key)
+        extensions = tmp_path / "extensions"
+        extensions.write_text("subjectAltName=DNS:tunnel.example.org\n")
+        openssl("req", "-new", "-key", key, "-subj", "/O=" + 60 * "x" + "/CN=tunnel", "-out", request)
+        # OpenSSL 3.0 makes version 1, which has no version field, of whatever has no extensions.
+        flags = ("-extfile", extensions) if version == 3 else ()
+        openssl("x509", "-req", "-in", request, "-signkey", key, "-out", certificate, *flags)
+        if x509.load_pem_x509_certificate(certificate.read_bytes()).version != x509.Version[f"v{version}"]:
+            pytest.skip("this OpenSSL makes version 3 only")
+        public = openssl("pkey", "-in", key, "-pubout", "-outform", "DER")
+        assert tls.certificate_pin(certificate) == hashlib.sha256(public).digest()
+
+    def test_nothing_may_be_missing_or_follow(self, tmp_path: Path) -> None:
+        good = der(own(tmp_path)[0])
+        for length in range(len(good)):
+            with pytest.raises(ValueError, match="certificate"):
+                tls.public_key_pin(good[:length])
+        with pytest.raises(ValueError, match="bytes follow"):
+            tls.public_key_pin(good + b"\0")
+
+    @pytest.mark.parametrize("prefix", ["30 80", "30 83 00 {0:04x}", "30 84 00 00 {0:04x}", "31 82 {0:04x}"])
+    def test_only_der(self, prefix: str, tmp_path: Path) -> None:
+        good = der(own(tmp_path)[0])
+        assert good[:2] == b"\x30\x82"  # two octets of length
+        with pytest.raises(ValueError, match="not a certificate in DER"):
+            tls.public_key_pin(bytes.fromhex(prefix.format(len(good) - 4)) + good[4:])
+
+    def test_nothing_reaches_out_of_what_holds_it(self) -> None:
+        def element(tag: int, *parts: bytes, short: int = 0) -> bytes:
+            content = b"".join(parts)
+            return bytes([tag, len(content) - short]) + content
+
+        def certificate(key: bytes, short: int = 0) -> bytes:
+            return element(0x30, element(0x30, element(2, b"\1"), 4 * element(0x30), key, short=short))
+
+        key = element(0x30, element(0x30), element(3, b"\0key"))
+        assert tls.public_key_pin(certificate(key)) == hashlib.sha256(key).digest()
+        with pytest.raises(ValueError, match="cut off"):
+            tls.public_key_pin(certificate(key, short=1))
+        for wrong in (
+            element(0x30, element(0x30), element(3, b"\0key"), b"more"),
+            element(0x30, element(0x30), element(3, b"\0key"), short=1),
+            element(0x30, element(0x30), element(4, b"\0key")),
+            element(0x30, element(3, b"\0key")),
+        ):
+            with pytest.raises(ValueError, match=r"bytes follow|cut off|not a certificate"):
+                tls.public_key_pin(certificate(wrong))
+
+    @given(st.data())
+    def test_what_a_forger_changes_never_gives_another_pin_than_an_independent_parser(
+        self, data: st.DataObject
+    ) -> None:
+        forged = bytearray(FORGEABLE)
+        for _ in range(data.draw(st.integers(1, 4))):
+            # Where the structure is: the signature's end says nothing.
+            forged[data.draw(st.integers(0, len(forged) - 80))] = data.draw(st.integers(0, 255))
+        try:
+            pin = tls.public_key_pin(bytes(forged))
+        except ValueError:
+            return
+        try:
+            key = x509.load_der_x509_certificate(bytes(forged)).public_key()
+        except (ValueError, UnsupportedAlgorithm):
+            return
+        info = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        assert pin == hashlib.sha256(info).digest()
 
     async def test_the_right_key_is_trusted_whatever_the_certificate_says(self, tmp_path: Path) -> None:
         certificate, key = own(tmp_path)

@@ -34,7 +34,7 @@ UNIX_PATH_BYTES = 107
 
 GRAMMAR = "[tcp:]HOST:PORT, udp:HOST:PORT or unix:/PATH, with IPv6 in brackets: db:5432, [::1]:22"
 
-_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._\x80-\U0010ffff-]")
+_NOT_IN_A_NAME = re.compile(r"(?![A-Za-z0-9._-])[\x00-\x7f]")  # as a negated class it takes 8 ms to compile
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 
 

@@ -32,6 +32,12 @@ CLOCK_SKEW_DAYS: Final = 1
 """How far before now a certificate begins to be valid, for clients whose clock is behind."""
 ALPN: Final = "http/1.1"
 
+# Tags of X.690 §8, as the first byte of an element.
+_INTEGER: Final = b"\x02"
+_BIT_STRING: Final = b"\x03"
+_SEQUENCE: Final = b"\x30"
+_VERSION: Final = b"\xa0"
+
 # RFC 5280 and OpenSSL's x509_vfy.h: values of X509_V_ERR_*.
 _NOT_YET_VALID: Final = 9
 _EXPIRED: Final = 10
@@ -103,6 +109,7 @@ def ensure_certificate(directory: Path, *, names: Sequence[str]) -> tuple[Path, 
 
 def _self_signed(names: Sequence[str]) -> tuple[bytes, bytes]:
     """Returns the key and the certificate as PEM."""
+    # It costs a tenth of the server's start-up and 9 MB, and only a server's first start needs it.
     import datetime
 
     from cryptography import x509
@@ -159,11 +166,53 @@ def public_key_pin(cert: bytes) -> bytes:
     Raises:
         ValueError: it is not a certificate.
     """
-    from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+    return hashlib.sha256(_public_key_info(cert)).digest()
 
-    key = x509.load_der_x509_certificate(cert).public_key()
-    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
+
+def _public_key_info(cert: bytes) -> bytes:
+    """The SubjectPublicKeyInfo of a certificate in DER, byte for byte.
+
+    Not by `cryptography`: that adds a tenth to the server's start-up, stops the client at its first link as long, and
+    holds 9 MB ever after. Strictness keeps it safe: DER has one reading, so OpenSSL, which makes the peer prove that it
+    holds the key, sees the same key in the same place.
+    """
+    # RFC 5280 §4.1: Certificate ::= SEQUENCE { TBSCertificate ::= SEQUENCE { version [0] DEFAULT v1, serialNumber,
+    # signature, issuer, validity, subject, subjectPublicKeyInfo, ... }, signatureAlgorithm, signature }
+    start, end = _der_element(cert, 0, len(cert), _SEQUENCE)
+    if end != len(cert):
+        raise ValueError("bytes follow the certificate")
+    start, end = _der_element(cert, start, end, _SEQUENCE)
+    if cert[start : start + 1] == _VERSION:
+        _, start = _der_element(cert, start, end, _VERSION)
+    for tag in (_INTEGER, _SEQUENCE, _SEQUENCE, _SEQUENCE, _SEQUENCE):
+        _, start = _der_element(cert, start, end, tag)
+    # SubjectPublicKeyInfo ::= SEQUENCE { algorithm SEQUENCE, subjectPublicKey BIT STRING }
+    inner, end = _der_element(cert, start, end, _SEQUENCE)
+    _, inner = _der_element(cert, inner, end, _SEQUENCE)
+    if _der_element(cert, inner, end, _BIT_STRING)[1] != end:
+        raise ValueError("bytes follow the public key")
+    return cert[start:end]
+
+
+def _der_element(data: bytes, start: int, end: int, tag: bytes) -> tuple[int, int]:
+    """Where the content of the DER element at `start` begins and ends.
+
+    Raises:
+        ValueError: it is of another kind, reaches beyond `end`, or its length is not as DER writes it.
+    """
+    if data[start : start + 1] != tag or start + 2 > end:
+        raise ValueError("not a certificate in DER")
+    content, length = start + 2, data[start + 1]
+    if length >= 0x80:
+        octets = length - 0x80
+        content += octets
+        length = int.from_bytes(data[start + 2 : content])
+        # X.690 §10.1: the definite form in the fewest octets. 0x80 would be the indefinite one.
+        if length < 0x80 or length >> 8 * (octets - 1) == 0:
+            raise ValueError("not a certificate in DER: a length is not in its shortest form")
+    if content + length > end:
+        raise ValueError("the certificate is cut off")
+    return content, content + length
 
 
 def certificate_pin(path: Path) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -127,10 +126,16 @@ def failure(error: Exception, level: int, log_format: str = "text") -> int:
     cause = found.__cause__ if isinstance(found, UnexpectedError) and found.__cause__ is not None else found
     text = " ".join(f"{type(cause).__name__}: {cause}".split())
     shown = level >= TRACEBACK_VERBOSITY
-    trace = masked("".join(traceback.format_exception(error)).rstrip()) if shown else None
+    trace = _traceback(error) if shown else None
     message = f"unexpected {text} - a bug in wstunnel {__version__}, please report it (-vv shows where it happened)"
     _end(message, log_format, level, trace)
     return 1
+
+
+def _traceback(error: Exception) -> str:
+    import traceback  # 3 ms, of a command that rarely fails so
+
+    return masked("".join(traceback.format_exception(error)).rstrip())
 
 
 def _shown(error: WstunnelError) -> str:

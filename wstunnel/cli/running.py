@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 LEAVE_SECONDS = 0.4
 """Kept back from STOP_SECONDS for the cancelled role's `finally` clauses and the interpreter's own end."""
+GARBAGE_THRESHOLDS = (700, 10, 100)
+"""For `gc.set_threshold`: Python's own, but full collections a tenth as often. With 9,000 streams one stops everything
+for 0.15 s, and it finds next to nothing: streams and links leave no cycles."""
 SIGNALS_BEFORE_FORCE = 2
 """The first signal asks, the second cancels, any further one leaves without another word."""
 
@@ -52,6 +56,11 @@ def run(role: Role, exit_codes: Mapping[signal.Signals, int]) -> int:
     # Trio leaves a handler alone that is not Python's own. This one covers the moments before and after the receiver,
     # when nothing is open: raising there would end inside Trio's own machinery.
     before = signal.signal(signal.SIGINT, _leave)
+    thresholds = gc.get_threshold()
+    # 30,000 objects of the modules, which never go, need not be looked at again: 11 ms of every full collection.
+    gc.freeze()
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
+    gc.enable()  # `main` turned it off
     try:
         return trio.run(_supervised, role, exit_codes)
     except Exception as error:
@@ -60,6 +69,8 @@ def run(role: Role, exit_codes: Mapping[signal.Signals, int]) -> int:
             raise found from None
         raise UnexpectedError(str(found)) from found
     finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
         signal.signal(signal.SIGINT, before)
 
 
