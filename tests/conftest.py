@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pytest
+import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,3 +20,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="play so many random schedules in tests/test_model.py (default 1000, ten seconds)",
     )
+
+
+@pytest.fixture(autouse=True)
+def through_trio(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Reactors wait through Trio, as they do where its loop is not known: tests say when by waiting until all tasks are
+    blocked. Real processes and `test_trio_loop.py` (marker `in_place`) wait in Trio's place.
+    """
+    if request.node.get_closest_marker("in_place") is None:
+
+        async def find() -> None:
+            """There is none."""
+
+        monkeypatch.setattr("wstunnel.trio_loop.find", find)

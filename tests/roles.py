@@ -469,7 +469,7 @@ class World:
         link.start(self.server_reactor, sock)  # type: ignore[arg-type]
         return link
 
-    async def dial_target(self, target: Target, _policy: object, *, limiter: object) -> tuple[Any, str]:
+    async def dial_target(self, target: Target, _policy: object, *, limiter: object, begun: None) -> tuple[Any, str]:
         self.dialled.append(str(target))
         assert isinstance(limiter, trio.CapacityLimiter)
         await trio.sleep(self.dial_seconds)
@@ -611,6 +611,7 @@ class World:
 def make_world(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
     def make(**options: Any) -> World:
         world = World(nursery, **options)
+        monkeypatch.setattr(server_module, "begin_dial", lambda *_: None)
         monkeypatch.setattr(server_module, "dial_target", world.dial_target)
         # The machine's own clock runs on while a test's stands still: that would look like a suspend.
         monkeypatch.setattr(server_module, "boottime", world.boottime)

@@ -131,7 +131,7 @@ class TestOneRoundTrip:
         world.client_reactor.turn_all()
         dialled = [[messages(write) for write in near.writes] for near, _ in world.dialler.ends[3:]]
         (opened,) = [writes for writes in dialled if "open" in writes[0]]
-        assert opened == [["hello", "open"], ["data"]]
+        assert opened == [["hello", "open", "data"]]
 
 
 class TestWarmLinks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 
 import trio
 
@@ -93,7 +94,7 @@ async def _serve(
     async with trio.open_nursery() as nursery:
         await nursery.start(reactor.run)
         for sock, forward in listening:
-            nursery.start_soon(tcp.accept_forever, sock, lambda sock, forward=forward: session.accepted(sock, forward))
+            tcp.Listener(sock, partial(session.accepted, forward=forward)).start(reactor)
         nursery.start_soon(session.keep_links)
         nursery.start_soon(_sweep, session)
         systemd.notify("READY=1", f"STATUS=connecting to {config.url.authority}", environ=os.environ)

@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -220,6 +221,8 @@ class ClientSession(Session):
             # hello, open and early data go out in one write. Not before a first `welcome`: if this link is cut, only
             # the server's boot id tells whether the stream may be opened again.
             self._use(link)
+            if link.stream is not None:
+                link.stream.read_early()
         link.start(self.reactor, sock, leftover)
 
     def _use(self, link: Link) -> None:
@@ -231,7 +234,8 @@ class ClientSession(Session):
             self._resume(stream, link)
         elif self._waiting:
             waiting = self._waiting.popleft()
-            self._open(link, waiting.sock, waiting.forward, waiting.peer)
+            stream = self._open(link, waiting.sock, waiting.forward, waiting.peer)
+            self.reactor.later(partial(self._send_early, stream))  # not now: `link` may be in the middle of a read
         elif link not in self._idle:
             self._idle.append(link)
 
@@ -353,6 +357,7 @@ class ClientSession(Session):
         if self._recovery.take(stream, self.reactor.now):
             self._begin(stream, link)
             self.stream_resumed(stream)
+            self.reactor.later(link.flush)  # not now: `link` may be in the middle of a read
         else:
             stream.state.epoch += 1
             stream.asked = self._boots[link]
@@ -454,7 +459,7 @@ class ClientSession(Session):
             )
             sockets.reset(sock)
         elif (link := self._take_idle()) is not None:
-            self._open(link, sock, forward, peer)
+            self._send_early(self._open(link, sock, forward, peer))
         else:
             self._waiting.append(_Waiting(sock, forward, peer, trio.current_time() + limits.OPEN_WAIT_SECONDS))
             self._changed.set()
@@ -467,20 +472,27 @@ class ClientSession(Session):
                 return link
         return None
 
-    def _open(self, link: Link, sock: socket.socket, forward: Forward, peer: str) -> None:
+    def _open(self, link: Link, sock: socket.socket, forward: Forward, peer: str) -> Stream:
         stream = self.make_stream(secrets.token_urlsafe(16), egress=False, target=str(forward.target), peer=peer)
         self._begin(stream, link)
         stream.start(self.reactor, sock)
         self._demand.opened()
-        self._changed.set()
+        if self._absence.away or self._missing():  # else `keep_links` has nothing to do, and to wake it costs
+            self._changed.set()
+        return stream
+
+    @staticmethod
+    def _send_early(stream: Stream) -> None:
+        """What the application sent goes out with `open`, in one write: the reactor's turn to read would be later."""
+        stream.read_early()
+        if stream.link is not None:
+            stream.link.flush()
 
     def _begin(self, stream: Stream, link: Link) -> None:
-        """Ask the server to open the stream, on this idle link."""
+        """Ask the server to open the stream, on this idle link; goes out with the next flush."""
         stream.boot = self._boots.get(link, self._boot)
         link.attach(stream)
         link.open(stream.state, target=stream.target, peer=stream.peer)
-        # Not now: the reactor first reads what the application sent, so `open` and early data go out in one write.
-        self.reactor.later(link.flush)
 
     async def _expire_waiting(self) -> None:
         """Reset connections that no link came for."""

@@ -70,6 +70,72 @@ class _Address:
         return join_host_port(self.sockaddr[0], self.sockaddr[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A connection attempt whose first system calls are made.
+
+    Attributes:
+        sock: non-blocking, with TCP_NODELAY; whoever has this owns it.
+        sockaddr: where to.
+        done: whether it is connected, which on this machine it is at once.
+    """
+
+    sock: socket.socket
+    sockaddr: SocketAddress
+    done: bool
+
+    @property
+    def address(self) -> str:
+        """As `10.0.0.5:5432` or `[::1]:22`."""
+        return join_host_port(self.sockaddr[0], self.sockaddr[1])
+
+    async def finish(self) -> socket.socket:
+        """Wait until it is connected; see `connect_socket`."""
+        sock = self.sock
+        try:
+            if self.done:
+                await trio.lowlevel.checkpoint()
+            else:
+                # Cancelled here, Trio has taken the socket off its selector before we close it.
+                await trio.lowlevel.wait_writable(sock)
+                _check_connected(sock, self.sockaddr, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        except OSError:
+            sock.close()
+            raise
+        except BaseException:
+            sockets.reset(sock)  # it may be connected: to the target, who gave up is not who finished
+            raise
+        return sock
+
+
+def _begin(family: socket.AddressFamily, sockaddr: SocketAddress) -> Begun:
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        error = sock.connect_ex(sockaddr)
+        if error == errno.EINPROGRESS:
+            # On loopback the answer is there by now. Asking costs 2 µs, finding out by the selector 40 µs.
+            error = sock.connect_ex(sockaddr)
+        done = error not in (errno.EALREADY, errno.EINPROGRESS)
+        if done:
+            _check_connected(sock, sockaddr, error)
+    except BaseException:
+        sock.close()
+        raise
+    return Begun(sock, sockaddr, done)
+
+
+def _check_connected(sock: socket.socket, sockaddr: SocketAddress, error: int) -> None:
+    if error not in (0, errno.EISCONN):  # EISCONN: how BSDs say on the second call that it is connected
+        raise OSError(error, os.strerror(error))
+    # The kernel may pick the very port we dial as our own, and TCP then connects the socket to itself (RFC 9293 §3.5,
+    # simultaneous open). Nobody listens there.
+    own = sock.getsockname()
+    if own[1] == sockaddr[1] and own == sock.getpeername():
+        raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
 async def connect_socket(family: socket.AddressFamily, sockaddr: SocketAddress) -> socket.socket:
     """Connect one non-blocking TCP socket, with TCP_NODELAY set, to one address.
 
@@ -79,33 +145,31 @@ async def connect_socket(family: socket.AddressFamily, sockaddr: SocketAddress) 
     Raises:
         OSError: it could not be connected, with the errno of connect(2) or socket(2).
     """
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        error = sock.connect_ex(sockaddr)
-        if error == errno.EINPROGRESS:
-            # On loopback the answer is there by now. Asking costs 2 µs, finding out by the selector 40 µs.
-            error = sock.connect_ex(sockaddr)
-        if error in (errno.EALREADY, errno.EINPROGRESS):
-            # Cancelled here, Trio has taken the socket off its selector before we close it.
-            await trio.lowlevel.wait_writable(sock)
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        else:
-            await trio.lowlevel.checkpoint()
-        if error not in (0, errno.EISCONN):  # EISCONN: how BSDs say on the second call that it is connected
-            raise OSError(error, os.strerror(error))
-        # The kernel may pick the very port we dial as our own, and TCP then connects the socket to itself (RFC 9293
-        # §3.5, simultaneous open). Nobody listens there.
-        if sock.getsockname()[1] == sockaddr[1] and sock.getsockname() == sock.getpeername():
-            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        begun = _begin(family, sockaddr)
     except OSError:
-        sock.close()
+        await trio.lowlevel.checkpoint()
         raise
-    except BaseException:
-        sockets.reset(sock)  # it may be connected: to the target, an application that gave up is not one that finished
-        raise
-    return sock
+    return await begun.finish()
+
+
+def begin_dial(target: Target, policy: Policy) -> Begun | None:
+    """Begin to connect to a target that is named by its address, without waiting: see `dial_target`.
+
+    Returns:
+        the attempt: connected, or to be handed on to `dial_target`. None when the target has a name to be resolved.
+
+    Raises:
+        StreamError: as `dial_target`.
+    """
+    family = _permitted_family(target, policy)
+    if family is None:
+        return None
+    try:
+        return _begin(family, _literal(family, target.host, target.port).sockaddr)
+    except OSError as error:
+        code, message = _summary([error], None)
+        raise StreamError(code, f"cannot connect to {target}: {message}") from error
 
 
 async def dial_target(
@@ -115,6 +179,7 @@ async def dial_target(
     limiter: trio.CapacityLimiter | None,
     resolve: Resolve = socket.getaddrinfo,
     connect: Connect = connect_socket,
+    begun: Begun | None = None,
 ) -> tuple[socket.socket, str]:
     """Connect to `target`, if `policy` allows it, within DIAL_SECONDS.
 
@@ -128,6 +193,7 @@ async def dial_target(
             dial has ended keeps its place until the resolver returns.
         resolve: what resolves names, in a thread.
         connect: what connects one socket.
+        begun: what `begin_dial` said of the same target: that attempt goes on, and its socket is owned from now on.
 
     Returns:
         the connected non-blocking socket, which the caller owns and closes, and the address that was dialled, as
@@ -137,14 +203,16 @@ async def dial_target(
         StreamError: with a reset code and a message for the client. For `forbidden` the note (`__notes__`) has the
             reason in full, for the server's log only.
     """
-    if target.kind != "tcp":
-        raise StreamError("forbidden", "this server tunnels TCP only")
-    family = address_family(target.host)
-    if policy.names(target) is NameVerdict.REFUSED:
-        reason = f"no --allow rule matches {target}, whatever it resolves to"
-        raise _forbidden(target, reason if family is None else policy.refusal(target, target.host) or reason)
     failures: list[OSError] = []
     with trio.move_on_after(limits.DIAL_SECONDS) as scope:
+        if begun is not None:
+            try:
+                return await begun.finish(), begun.address
+            except OSError as error:
+                failures.append(error)
+                code, message = _summary(failures, scope)
+                raise StreamError(code, f"cannot connect to {target}: {message}") from error
+        family = _permitted_family(target, policy)
         try:
             addresses = await _addresses(target.host, target.port, limiter, resolve)
         except OSError as error:
@@ -156,6 +224,21 @@ async def dial_target(
             return connected[0], str(connected[1])
     code, message = _summary(failures, scope)
     raise StreamError(code, f"cannot connect to {target}: {message}")
+
+
+def _permitted_family(target: Target, policy: Policy) -> socket.AddressFamily | None:
+    """The family of the address that names the target; None for a name, whose addresses have yet to be checked.
+
+    Raises:
+        StreamError: `forbidden`.
+    """
+    if target.kind != "tcp":
+        raise StreamError("forbidden", "this server tunnels TCP only")
+    family = address_family(target.host)
+    if policy.names(target) is NameVerdict.REFUSED:
+        reason = f"no --allow rule matches {target}, whatever it resolves to"
+        raise _forbidden(target, reason if family is None else policy.refusal(target, target.host) or reason)
+    return family
 
 
 async def dial_server(
@@ -234,7 +317,7 @@ async def _addresses(host: str, port: int, limiter: trio.CapacityLimiter | None,
         OSError: it did not resolve; socket.gaierror is the usual one.
     """
     if (family := address_family(host)) is not None:
-        return [_Address(family, (host, port) if family == socket.AF_INET else (host, port, 0, 0))]
+        return [_literal(family, host, port)]
     ask = functools.partial(resolve, host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
     try:
         answers = await trio.to_thread.run_sync(ask, limiter=limiter, abandon_on_cancel=True)
@@ -247,6 +330,10 @@ async def _addresses(host: str, port: int, limiter: trio.CapacityLimiter | None,
     if not found:
         raise socket.gaierror(socket.EAI_NONAME, "no addresses")
     return list(dict.fromkeys(found))
+
+
+def _literal(family: socket.AddressFamily, host: str, port: int) -> _Address:
+    return _Address(family, (host, port) if family == socket.AF_INET else (host, port, 0, 0))
 
 
 def _permitted(target: Target, policy: Policy, addresses: Sequence[_Address]) -> list[_Address]:
@@ -355,10 +442,10 @@ def _reason(error: OSError) -> str:
     return text[0].lower() + text[1:]
 
 
-def _summary(failures: Iterable[OSError], scope: trio.CancelScope) -> tuple[str, str]:
+def _summary(failures: Iterable[OSError], scope: trio.CancelScope | None) -> tuple[str, str]:
     """The most telling code of all failures, and their distinct reasons, that one first."""
     everything = list(failures)
-    if scope.cancelled_caught:
+    if scope is not None and scope.cancelled_caught:
         everything.append(OSError(errno.ETIMEDOUT, f"no answer within {limits.DIAL_SECONDS:g} seconds"))
     everything.sort(key=lambda error: _MOST_TELLING.index(_code(error)))
     return _code(everything[0]), "; ".join(dict.fromkeys(map(_reason, everything)))

@@ -28,7 +28,7 @@ MESSAGE_BYTES = 16 * KIB
 """A text message (control). The largest that we send is well under 1 KiB."""
 MESSAGE_BRACKETS = 256
 """Opening brackets in a control message, and so its depth: decoders fail at depths that differ with the interpreter."""
-FRAME_BYTES = 256 * KIB
+FRAME_BYTES = 512 * KIB
 """Payload of a data frame that we send: one read of a local socket. Peers' may be any size: we never gather them."""
 CONTROL_QUEUE_BYTES = 64 * KIB
 """Control messages waiting on a link. A peer that makes us queue more is not reading: the link is closed."""
@@ -36,8 +36,8 @@ NUMBER_MAX = 2**53 - 1
 """Largest number in a message: JavaScript's Number.MAX_SAFE_INTEGER."""
 
 # --- streams --------------------------------------------------------------------------------------------------------
-SCRATCH_BYTES = 256 * KIB
-"""The one read buffer of the process. 256 KiB reads were the best for bulk on loopback."""
+SCRATCH_BYTES = 512 * KIB
+"""The one read buffer of the process. For bulk what an event costs counts more than what fits into a cache."""
 READ_FIRST_BYTES = 16 * KIB
 """First read of a link, and bounds for a stranger: 16 KiB of tiny frames take 20 ms, 256 KiB a third of a second."""
 READ_FLOOR_BYTES = 1 * KIB

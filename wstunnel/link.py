@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 
 FLUSH_BYTES = 1024 * 1024
 """Most that one event writes: a peer that reads as fast as we write must not keep the reactor to itself."""
-NOTSENT_LOWAT = 256 * 1024
-"""Unsent bytes that the kernel takes on a link, so that control messages do not queue behind megabytes."""
+NOTSENT_LOWAT = 512 * 1024
+"""Unsent bytes that the kernel takes on a link, so that control messages do not queue behind megabytes. One frame: with
+less the kernel takes large ones in parts, and the rest is copied."""
+SHORT_BYTES = 131
+"""A read of no more may be one data frame of fewer than 126 bytes: most are, on an interactive stream."""
 UNGREETED_SECONDS = 1.0
 """When to look again at a link that fell silent before the greeting: it cannot be asked, the sweep ends it."""
 
 
 _log = logs.logger("link")
-_ASKING = frozenset({Exchange.RESETTING, Exchange.RESUMING})
-"""States that end with the peer's answer."""
+# Module names: before Python 3.12 looking into an enumeration costs as much as a call.
+_IDLE, _RESETTING, _RESUMING = Exchange.IDLE, Exchange.RESETTING, Exchange.RESUMING
 
 
 class LinkOwner(Protocol):
@@ -132,9 +135,12 @@ class Link(Handler):
             self._liveness.received(now)
             if self._pending is not None:
                 self._await_answer()  # a full connection has data under way, though nothing more fits in
-            before = self.reactor.spent()
-            self._process(self.reactor.scratch[:size])
-            self._pace(self.reactor.spent() - before)
+            if size < limits.READ_FLOOR_BYTES:
+                self._process(self.reactor.scratch[:size])
+            else:
+                before = self.reactor.spent()
+                self._process(self.reactor.scratch[:size])
+                self._pace(self.reactor.spent() - before)
         if self._write_wants_read:
             self.flush()  # whatever was read, be it only TLS's own
 
@@ -202,8 +208,13 @@ class Link(Handler):
             # After a protocol error the decoder is out of step; after our close frame only the peer's matters.
             self._await_close(data)
             return
+        protocol = self.protocol
         try:
-            for event in self.protocol.receive(data):
+            if len(data) <= SHORT_BYTES and (payload := protocol.receive_data(memoryview(data))) is not None:
+                if not self.stream.deliver(payload) or protocol.ack_due():  # type: ignore[union-attr]  # it has data
+                    self.flush()
+                return  # else nothing has changed that anybody waits for
+            for event in protocol.receive(data):
                 if isinstance(event, memoryview | bytes):
                     self.stream.deliver(event)  # type: ignore[union-attr]  # data comes only while a stream is attached
                 else:
@@ -301,15 +312,17 @@ class Link(Handler):
             budget -= self._write(buffers)
             if self.sock is None:
                 return
+            if protocol.drained and self._pending is None:
+                break
         if self.sock is None:
             return
         stream = self.stream
         if stream is not None:
             state = protocol.state
-            if state is Exchange.IDLE:
+            if state is _IDLE:
                 self._free()
             else:
-                if state in _ASKING and self._asked_at is None:
+                if (state is _RESETTING or state is _RESUMING) and self._asked_at is None:
                     self._asked_at = self.reactor.now
                 stream.refresh()
         if self._pending is None and not more:
@@ -326,22 +339,17 @@ class Link(Handler):
 
     def _write(self, buffers: Sequence[Buffer]) -> int:
         """Send buffers whole; what the connection does not take waits in `_pending`, contiguous. Returns their size."""
-        assert self.sock is not None
-        if len(buffers) == 1 or self._tls:
-            data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
-            size = len(data)
-            self._pending = memoryview(data)
-            self._progress_at = self.reactor.now
-            if self._write_pending():
-                self._write_pace.took(size)
-            else:
-                self._write_pace.full(self.reactor.now)
-            if self._pending is not None and isinstance(data, memoryview):  # pragma: no cover  # headers come first
-                self._pending = memoryview(bytes(self._pending))
-            return size
-        size = sum(map(len, buffers))
+        sock = self.sock
+        assert sock is not None
+        if self._tls:
+            return self._write_tls(b"".join(buffers))
         try:
-            sent = self.sock.sendmsg(buffers)
+            if len(buffers) == 1:
+                size = len(buffers[0])
+                sent = sock.send(buffers[0])
+            else:
+                size = sum(map(len, buffers))
+                sent = sock.sendmsg(buffers)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
@@ -354,19 +362,29 @@ class Link(Handler):
             # A copy: the views belong to a replay buffer that goes on growing.
             self._pending = memoryview(b"".join(buffers))[sent:]
             self._progress_at = self.reactor.now
-            self._await_answer()
+            if sent:
+                self._await_answer()
             self._write_pace.full(self.reactor.now)
         return size
 
+    def _write_tls(self, data: bytes) -> int:
+        self._pending = memoryview(data)
+        self._progress_at = self.reactor.now
+        if self._write_pending():
+            self._write_pace.took(len(data))
+        else:
+            self._write_pace.full(self.reactor.now)
+        return len(data)
+
     def _taken(self) -> None:
         """All that was pulled is with the kernel now: the clocks that wait for answers run from here."""
-        now = self.reactor.now
         if self._ping_pulled:
             self._ping_pulled = False
-            self._liveness.pinged(now)
+            self._liveness.pinged(self.reactor.now)
             self._arm()
-        self._await_answer()
-        self.protocol.expecting = False
+        if self.protocol.expecting:
+            self._await_answer()
+            self.protocol.expecting = False
 
     def _await_answer(self) -> None:
         """The kernel has something that the peer must react to, or a part of it."""

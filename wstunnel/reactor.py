@@ -10,7 +10,8 @@ whole before the next one is collected, so every ready socket gets its turn. A t
 other Trio tasks; when it is up, the rest of the batch is kept and goes first in the next turn. A batch is keyed by
 handler and never by descriptor number, since other tasks close and open descriptors between turns.
 
-Alarms (`at`) are not part of a turn: a second task waits for the earliest, so that the wait of `run` needs no time-out.
+Alarms (`at`) are not part of a turn. Where `run` waits in Trio's place its wait ends for the earliest of them; else a
+second task waits for that, since a wait through Trio with a time-out costs more than both.
 
 Everything here belongs to the thread that runs Trio.
 """
@@ -29,12 +30,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from wstunnel import limits
+from wstunnel import limits, trio_loop
 from wstunnel.errors import LocalError
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
+
+    from wstunnel.trio_loop import TrioLoop
 
 # The numbers of epoll, written out: `select` has the names on Linux only, and both drivers use them.
 READ = 1
@@ -46,6 +49,11 @@ _EDGE = 1 << 31  # EPOLLET
 BATCHES = 8
 """Batches in one turn while events keep coming. A pass through Trio costs 20 µs and a poll less than one; more than
 this gained nothing, and the other tasks should not wait for the whole of TURN_SECONDS while little happens."""
+
+KEPT_BYTES = 2 * limits.MIB
+"""A block of this size, freed once, has glibc's malloc keep up to twice as much free memory at the heap's end, and map
+no smaller block on its own (mallopt(3), M_MMAP_THRESHOLD). What a frame needs, masked and joined, would otherwise be
+given back and faulted in anew for each: 96 page faults for a frame of 256 KiB."""
 
 _logger = logging.getLogger(__name__)
 
@@ -119,6 +127,7 @@ class Reactor(ABC):
     reports_hangups = True
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        bytes(KEPT_BYTES)  # mapped, never touched, and freed
         self.scratch = memoryview(bytearray(limits.SCRATCH_BYTES))
         self._clock = clock
         self._now: float | None = None
@@ -135,6 +144,7 @@ class Reactor(ABC):
         self._waiting = False
         self._started = False
         self._stopped = False
+        self._trio: TrioLoop | None = None  # waits in its place
 
     @property
     def now(self) -> float:
@@ -319,9 +329,11 @@ class Reactor(ABC):
     def _busy(self) -> bool:
         return self._rest is not None or bool(self._queue or self._later)
 
-    def _turn(self) -> None:
+    def _turn(self) -> bool:
+        """Serve what there is. Returns whether there was anything."""
         self._now = trio.current_time()
         end = self._clock() + limits.TURN_SECONDS
+        served = False
         try:
             for _ in range(BATCHES):
                 if self._rest is None:
@@ -329,14 +341,16 @@ class Reactor(ABC):
                     self._batch, self._queue = self._queue, self._batch
                     self._poll(self._batch)
                     if not self._batch and not self._later:
-                        return
+                        return served
                     self._rest = iter(self._batch.items())
+                served = True
                 within = self._serve(self._rest, end)
                 self._run_later()
-                if not within:
-                    return
+                if not within or (self._trio is not None and not self._queue):
+                    break
         finally:
             self._now = None
+        return served
 
     def _serve(self, rest: Iterator[tuple[Handler, int]], end: float) -> bool:
         """Call the handlers of the batch until `end` by the clock. Returns whether there is time left."""
@@ -420,6 +434,8 @@ class EpollReactor(Reactor):
         super().__init__(clock)
         self._epoll = select.epoll()
         self._bell = -1
+        self._found: list[tuple[int, int]] | None = None  # by the wait; what `_poll` would find
+        self._trio_ready = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._start()
@@ -433,18 +449,52 @@ class EpollReactor(Reactor):
             raise
         async with trio.open_nursery() as nursery:
             try:
-                nursery.start_soon(self._run_alarms)
+                self._trio = await trio_loop.find()
                 task_status.started()
-                while True:
-                    if self._busy:
-                        await trio.lowlevel.checkpoint()
-                    else:
-                        self._waiting = True
-                        await trio.lowlevel.wait_readable(self._epoll.fileno())
-                        self._waiting = False
-                    self._turn()
+                if self._trio is None:
+                    nursery.start_soon(self._run_alarms)
+                    await self._serve_through_trio()
+                else:
+                    await self._serve_in_place_of(self._trio)
             finally:
                 self._stop()  # here and not behind the nursery, whose end is another pass through Trio
+                if self._trio is not None:
+                    trio.lowlevel.remove_instrument(self._trio)
+
+    async def _serve_through_trio(self) -> None:
+        while True:
+            if self._busy:
+                await trio.lowlevel.checkpoint()
+            else:
+                self._waiting = True
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+                self._waiting = False
+            self._turn()
+
+    async def _serve_in_place_of(self, loop: TrioLoop) -> None:
+        """Wait here while no other task can run: see `trio_loop`."""
+        poll = self._epoll.poll
+        self._epoll.register(loop.fd, READ)
+        idle = False
+        while True:
+            await loop.step_aside(idle=idle)
+            self._trio_ready = False
+            self._until_alarm()
+            idle = (self._busy or loop.patience() <= 0) and not self._turn()
+            while not self._busy and not self._trio_ready and (patience := loop.patience()) > 0:
+                patience = min(patience, self._until_alarm())
+                self._found = poll(None if patience == math.inf else patience)
+                self._turn()
+
+    def _until_alarm(self) -> float:
+        """Run the alarms that are due. Returns how long to wait at most for the next; 0 after any."""
+        if not self._alarms:
+            return math.inf
+        due = self._alarms[0][0] - trio.current_time()
+        if due > 0:
+            return due
+        self._run_due()
+        return 0.0
 
     def _stop(self) -> None:
         super()._stop()
@@ -467,10 +517,16 @@ class EpollReactor(Reactor):
 
     def _poll(self, batch: dict[Handler, int]) -> None:
         handlers = self._handlers
-        for fd, events in self._epoll.poll(0):
+        if self._found is None:
+            found = self._epoll.poll(0)
+        else:
+            found, self._found = self._found, None
+        for fd, events in found:
             handler = handlers.get(fd)
-            if handler is not None:  # None is the bell
+            if handler is not None:
                 batch[handler] = batch.get(handler, 0) | events
+            elif self._trio is not None and fd == self._trio.fd:
+                self._trio_ready = True  # None otherwise is the bell
 
     def _wake(self) -> None:
         self._waiting = False  # once is enough

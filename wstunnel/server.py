@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import ssl
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import trio
 from wstunnel import descriptors, limits, logs, systemd, tls
 from wstunnel.auth import Users
 from wstunnel.config import ServerConfig
-from wstunnel.dial import dial_target, is_local_address
+from wstunnel.dial import Begun, begin_dial, dial_target, is_local_address
 from wstunnel.endpoints import tcp
 from wstunnel.errors import HandshakeError, LocalError, ProtocolError, StreamError
 from wstunnel.link import Link
@@ -255,22 +256,42 @@ class Server:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def dial(self, principal: Principal, stream: Stream, target: Target) -> None:
-        """Connect a new stream to its target, in a task of its own; `stream.dialling` cancels it."""
-        stream.dialling = trio.CancelScope()
-        self.nursery.start_soon(self._dial, principal, stream, stream.dialling, target)
+        """Connect a new stream to its target; what takes time is a task of its own, which `stream.dialling` cancels.
 
-    async def _dial(self, principal: Principal, stream: Stream, scope: trio.CancelScope, target: Target) -> None:
+        Not before the end of the reactor's batch: the link that brought `open` is still being read.
+        """
+        self.reactor.later(partial(self._dial, principal, stream, target))
+
+    def _dial(self, principal: Principal, stream: Stream, target: Target) -> None:
+        if stream.outcome is not None or stream.reason is not None:
+            return  # it was reset in the same read: nobody wants the target any more
+        try:
+            begun = begin_dial(target, self.policy)
+        except StreamError as error:
+            _refuse_target(stream, error)
+            return
+        if begun is not None and begun.done:
+            self._connected(stream, begun.sock, begun.address)
+        else:
+            stream.dialling = trio.CancelScope()
+            self.nursery.start_soon(self._await_dial, principal, stream, stream.dialling, target, begun)
+
+    async def _await_dial(
+        self, principal: Principal, stream: Stream, scope: trio.CancelScope, target: Target, begun: Begun | None
+    ) -> None:
         with scope:
             try:
-                sock, address = await dial_target(target, self.policy, limiter=self.limiter(principal))
+                sock, address = await dial_target(target, self.policy, limiter=self.limiter(principal), begun=begun)
             except StreamError as error:
-                stream.note = " ".join(getattr(error, "__notes__", ()))
-                stream.reset(error.code, str(error))
+                _refuse_target(stream, error)
                 return
-            try:
-                stream.connected(self.reactor, sock, address)
-            except Exception as error:
-                stream.fail(error)
+            self._connected(stream, sock, address)
+
+    def _connected(self, stream: Stream, sock: socket.socket, address: str) -> None:
+        try:
+            stream.connected(self.reactor, sock, address)
+        except Exception as error:
+            stream.fail(error)
 
     def limiter(self, principal: Principal) -> trio.CapacityLimiter:
         """Bounds the principal's threads that resolve names."""
@@ -320,6 +341,11 @@ class Server:
             session.drain()
             session.close(1001, "the server is stopping")
         self._check_gone()
+
+
+def _refuse_target(stream: Stream, error: StreamError) -> None:
+    stream.note = " ".join(getattr(error, "__notes__", ()))
+    stream.reset(error.code, str(error))
 
 
 def _tls(config: ServerConfig) -> tuple[ssl.SSLContext | None, tuple[bytes, ...]]:
@@ -376,11 +402,11 @@ async def run(
         reactor = make_reactor()
         await nursery.start(reactor.run)
         server = Server(config, reactor, nursery, listeners, context, descriptors=available)
-        accepting = [trio.CancelScope() for _ in listeners]
-        for listener, scope in zip(listeners, accepting, strict=True):
-            nursery.start_soon(_accept, scope, listener, server)
-        nursery.start_soon(server.sweep_forever)
         names = [tcp.local_name(listener) for listener in listeners]
+        accepting = [tcp.Listener(listener, server.accepted, server.drop_oldest) for listener in listeners]
+        for acceptor in accepting:
+            acceptor.start(reactor)
+        nursery.start_soon(server.sweep_forever)
         for name in names:
             _log.announce(f"listening {name}")
         if server.users.empty():
@@ -392,16 +418,11 @@ async def run(
         await shutdown.wait()
         systemd.notify("STOPPING=1", environ=os.environ)
         nursery.cancel_scope.deadline = trio.current_time() + 2 * limits.LINGER_SECONDS
-        for scope in accepting:
-            scope.cancel()
+        for acceptor in accepting:
+            reactor.drop(acceptor)
         server.stop()
         await server.gone.wait()
         nursery.cancel_scope.cancel()
-
-
-async def _accept(scope: trio.CancelScope, listener: socket.socket, server: Server) -> None:
-    with scope:
-        await tcp.accept_forever(listener, server.accepted, server.drop_oldest)
 
 
 def _state_flag(directory: Path) -> str:

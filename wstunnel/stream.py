@@ -177,6 +177,14 @@ class Stream(Handler):
         if self._write_failed:
             self._reset_when_delivered()
 
+    def read_early(self) -> None:
+        """Read what the application has sent by now; to be called once, after `start`."""
+        if self.sock is not None:
+            try:
+                self.on_readable()
+            except Exception as error:
+                self.fail(error)
+
     def on_writable(self) -> None:
         self._drain()
         self._deliver_end()
@@ -228,18 +236,21 @@ class Stream(Handler):
 
     # --- from the link ------------------------------------------------------------------------------------------------
 
-    def deliver(self, data: bytes | memoryview) -> None:
-        """Stream data arrived: to the application as far as it takes it at once, else into the inbox."""
+    def deliver(self, data: bytes | memoryview) -> bool:
+        """Stream data arrived: to the application as far as it takes it at once, else into the inbox.
+
+        Returns whether it took all.
+        """
         inbound = self.inbound
         self.owner.stream_moved(self)
         if self._write_failed or self.reason is not None:
             inbound.passed(len(data))
-            return
+            return False
         inbox = inbound.inbox
         if inbox.end > inbox.start or self.sock is None:
             inbound.store(data)
             self.owner.stream_held()
-            return
+            return False
         try:
             sent = self.sock.send(data)
         except (BlockingIOError, InterruptedError):
@@ -247,12 +258,14 @@ class Stream(Handler):
         except OSError as error:
             inbound.passed(len(data))
             self._write_broke(error)
-            return
+            return False
         if sent:
             inbound.passed(sent)
         if sent < len(data):
             inbound.store(data[sent:])
             self.owner.stream_held()
+            return False
+        return True
 
     def _drain(self) -> None:
         """The inbox to the application."""

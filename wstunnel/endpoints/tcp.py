@@ -1,4 +1,4 @@
-"""TCP listeners: bind, accept for ever."""
+"""TCP listeners: bind, and accept on the reactor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import os
 import socket
 from collections.abc import Callable
 
-import trio
-
-from wstunnel import logs
+from wstunnel import logs, sockets
 from wstunnel.errors import LocalError
+from wstunnel.reactor import READ, Handler, Reactor
 from wstunnel.targets import join_host_port
 
 _log = logs.logger("tcp")
@@ -18,7 +17,7 @@ _log = logs.logger("tcp")
 BACKLOG = 1024
 """Connections that the kernel completes before we accept them."""
 BATCH = 64
-"""Accepts before other tasks run."""
+"""Accepts before other sockets have their turn."""
 RETRY_SECONDS = 0.1
 _RETRY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -75,7 +74,7 @@ def bind_all(addresses: tuple[str, ...], port: int, *, lenient: bool) -> list[so
     Raises:
         LocalError: one of them cannot be bound; none is left open.
     """
-    sockets: list[socket.socket] = []
+    bound: list[socket.socket] = []
     missing: OSError | None = None
     try:
         for address in addresses:
@@ -92,18 +91,18 @@ def bind_all(addresses: tuple[str, ...], port: int, *, lenient: bool) -> list[so
                     missing = cause  # `::` or `::1` where IPv6 is disabled by sysctl
                     continue
                 raise
-            sockets.append(sock)
+            bound.append(sock)
             port = sock.getsockname()[1]
     except BaseException:
-        for sock in sockets:
+        for sock in bound:
             sock.close()
         raise
-    if not sockets or (missing is not None and not lenient):
-        for sock in sockets:
+    if not bound or (missing is not None and not lenient):
+        for sock in bound:
             sock.close()
         assert missing is not None
         raise LocalError(f"cannot listen on {', '.join(addresses)}: {missing.strerror}") from missing
-    return sockets
+    return bound
 
 
 def activate(listener: socket.socket) -> None:
@@ -137,43 +136,86 @@ def local_name(sock: socket.socket) -> str:
     return join_host_port(address[0], address[1])
 
 
-async def accept_forever(
-    listener: socket.socket, accepted: Callable[[socket.socket], None], exhausted: Callable[[], None] = lambda: None
-) -> None:
-    """Accept until cancelled; closes the listener then.
+class Listener(Handler):
+    """Accepts on the reactor, until it is dropped, which closes the listener.
 
     Args:
-        listener: active, non-blocking, owned from now on.
+        listener: active; the reactor's from `start` on.
         accepted: called with each connection (non-blocking, Nagle off), which it owns; it must not wait.
         exhausted: called when no descriptor is left, before the next attempt: it may give some back.
     """
-    told = False
-    try:
-        while True:
-            await trio.lowlevel.wait_readable(listener)
+
+    __slots__ = ("_accepted", "_exhausted", "_listener", "_told")
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        accepted: Callable[[socket.socket], None],
+        exhausted: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__()
+        self._listener = listener
+        self._accepted = accepted
+        self._exhausted = exhausted
+        self._told = False
+
+    def start(self, reactor: Reactor) -> None:
+        """Accept from now on.
+
+        Raises:
+            LocalError: the reactor cannot watch it; it is closed.
+        """
+        try:
+            reactor.adopt(self, self._listener)
+        except LocalError:
+            self._listener.close()
+            raise
+
+    def on_readable(self) -> None:
+        listener = self.sock
+        assert listener is not None
+        for _ in range(BATCH):
             try:
-                for _ in range(BATCH):
-                    sock, _address = listener.accept()
-                    try:
-                        sock.setblocking(False)
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    except OSError:
-                        sock.close()  # macOS says EINVAL when the peer has gone already
-                        continue
-                    accepted(sock)
-                told = False
+                sock, _address = listener.accept()
             except (BlockingIOError, InterruptedError):
-                told = False
+                break
             except OSError as error:
                 if error.errno in _RETRY:
-                    # The connection stays in the backlog; somebody must close a descriptor first.
-                    if not told:
-                        _log.warning("cannot accept connections", address=local_name(listener), reason=error.strerror)
-                        told = True
-                    exhausted()
-                    await trio.sleep(RETRY_SECONDS)
-                # Else it was aborted before we got to it (accept(2)): nobody is waiting.
-            await trio.lowlevel.checkpoint()
-    finally:
-        trio.lowlevel.notify_closing(listener)
-        listener.close()
+                    self._pause(error)
+                    return
+                continue  # it was aborted before we got to it (accept(2)): nobody is waiting
+            try:
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError:
+                sock.close()  # macOS says EINVAL when the peer has gone already
+                continue
+            try:
+                self._accepted(sock)
+            except Exception:
+                # That connection only: the next one may fare better, and has not done anything wrong.
+                _log.exception("fault in our own code", address=local_name(listener))
+                sockets.reset(sock)
+        self._told = False
+
+    def _pause(self, error: OSError) -> None:
+        """The connection stays in the backlog; somebody must close a descriptor first."""
+        assert self.sock is not None
+        if not self._told:
+            _log.warning("cannot accept connections", address=local_name(self.sock), reason=error.strerror)
+            self._told = True
+        self.reactor.want(self, 0)
+        self.reactor.at(self.reactor.now + RETRY_SECONDS, self._again)
+        self._exhausted()
+
+    def _again(self) -> None:
+        self.reactor.want(self, READ)
+
+    def on_writable(self) -> None:
+        """Never: nothing is written to a listener."""
+
+    def on_hangup(self) -> None:
+        """Never: a listener that pauses is not connected to anything."""
+
+    def fail(self, error: Exception) -> None:
+        _log.error("accepting has failed", reason=f"{type(error).__name__}: {error}")

@@ -6,8 +6,8 @@ from wstunnel.limits import BLOCK_BYTES, SCRATCH_BYTES
 
 SPARE_FROM_BYTES = SCRATCH_BYTES // 2
 """Pieces of at least this go into a spare block of SCRATCH_BYTES: half of it is wasted at most."""
-SPARE_BLOCKS = 32
-"""Blocks kept for use again. A fresh one of this size costs the kernel 64 page faults, more than the copy into it."""
+SPARE_BLOCKS = 16
+"""Blocks kept for use again. A fresh one of this size costs the kernel 128 page faults, more than the copy into it."""
 _spare: list[bytearray] = []
 
 
@@ -113,7 +113,8 @@ class OffsetBuffer:
 
     def restart(self, offset: int) -> None:
         """Forget everything: the direction goes on at `offset`."""
-        self._forget(len(self._blocks))
+        if self._blocks:
+            self._forget(len(self._blocks))
         self.start = self.end = offset
 
     def _forget(self, count: int) -> None:

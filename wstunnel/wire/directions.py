@@ -40,8 +40,12 @@ class Outbound:
         if self.total is not None:
             return 0
         replay = self.replay
-        room = min(self.limit, replay.start + SEND_MAX) - replay.end
-        return min(room, self.budget.room()) if room > 0 else 0
+        room = self.limit - replay.end
+        if room > (most := replay.start + SEND_MAX - replay.end):  # comparisons: min() costs three times as much
+            room = most
+        if room <= 0:
+            return 0
+        return room if room < (left := self.budget.room()) else left
 
     def queued(self) -> int:
         """Bytes that were read and are not on the link yet."""
@@ -225,10 +229,10 @@ class Inbound:
 
     def ack_due(self) -> bool:
         """Whether an ack should go out without waiting for the sweep: the EOF is acked at once."""
-        consumed = self.consumed
-        if consumed == self.window.acked:
+        consumed, window = self.consumed, self.window
+        if consumed == window.acked:
             return False
-        return self.window.due(consumed) or (self.total is not None and consumed > self.total)
+        return window.due(consumed) or (self.total is not None and consumed > self.total)
 
     def grant(self, now: float, round_trip: float) -> tuple[int, int]:
         """`consumed` and `limit` of an ack that goes onto the link now."""

@@ -92,6 +92,10 @@ _LENGTH_16: Final = 126
 _LENGTH_64: Final = 127
 _HEADER_BYTES: Final = 14
 _KEY_BYTES: Final = 4
+_BINARY_FIN: Final = _FIN | Opcode.BINARY
+# Sizes of the shortest frames whose length does not fit into 7 bits: masked, and not.
+_MASKED_126: Final = 2 + _KEY_BYTES + _LENGTH_16
+_CLEAR_126: Final = 2 + _LENGTH_16
 _CLOSE_REASON_BYTES: Final = limits.CONTROL_PAYLOAD_BYTES - 2
 
 _U16: Final = Struct("!H")
@@ -239,6 +243,21 @@ class FrameDecoder:
     def closed(self) -> bool:
         """Whether the peer's Close frame was decoded."""
         return self._closed
+
+    def whole(self, data: memoryview) -> bytes | memoryview | None:
+        """The payload, if `data` is one whole BINARY frame of fewer than 126 bytes and nothing else; else None.
+
+        What an interactive stream sends, without the cost of a generator. After None nothing has been decoded: `feed`.
+        """
+        if self._in_frame or self._head or self._message is not None or self._ended:
+            return None
+        size = len(data)
+        if self._masked:
+            if 6 <= size < _MASKED_126 and data[0] == _BINARY_FIN and data[1] == _MASK + size - 6:
+                return apply_mask(data[6:], bytes(data[2:6]))
+        elif 2 <= size < _CLEAR_126 and data[0] == _BINARY_FIN and data[1] == size - 2:
+            return data[2:]
+        return None
 
     def feed(self, data: bytes | memoryview) -> Iterator[tuple[Opcode, bytes | memoryview, bool]]:
         """Decode what has arrived.

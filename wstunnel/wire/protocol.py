@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wstunnel.errors import ProtocolError, StreamError
-from wstunnel.limits import CONTROL_QUEUE_BYTES, MESSAGE_BYTES, WINDOW_FIRST
+from wstunnel.limits import CONTROL_QUEUE_BYTES, KIB, MESSAGE_BYTES, WINDOW_FIRST
 from wstunnel.wire import messages
 from wstunnel.wire.credit import Budget
 from wstunnel.wire.directions import Inbound, Outbound
@@ -58,7 +58,12 @@ _CONTROL: dict[type[Message], str] = {Bye: "client", Gone: "client", Detached: "
 """Messages of the control link, and the side that sends them."""
 _BINARY = int(Opcode.BINARY)
 _TEXT = int(Opcode.TEXT)
+_MASK_BYTES = 128 * KIB
+"""Masked at once, a multiple of the key's 4: what is masked is still in the cache when it is sent."""
 _SMALL = 4096  # bytes; below it one joined write is cheaper than a gathered one
+# Module names: before Python 3.12 looking into an enumeration costs as much as a call.
+_BUSY, _RESETTING = Exchange.BUSY, Exchange.RESETTING
+_DONE = Half.DONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +146,12 @@ class LinkProtocol:
         stream: the stream that the link carries now.
         greeted: the peer's hello or welcome came.
         expecting: something was pulled that the peer must react to. Whoever wants to know sets it back.
+        drained: the last `pull` left nothing behind.
     """
 
     __slots__ = (
         "_control", "_control_bytes", "_decoder", "_keys", "_ping", "_pong", "_pong_number", "_text",
-        "close_received", "close_sent", "expecting", "greeted", "n", "role", "side", "state", "stream",
+        "close_received", "close_sent", "drained", "expecting", "greeted", "n", "role", "side", "state", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -158,6 +164,7 @@ class LinkProtocol:
         self.stream: StreamState | None = None
         self.greeted = False
         self.expecting = False
+        self.drained = True
         self.close_sent = False
         self.close_received = False
         self._keys = keys
@@ -170,6 +177,23 @@ class LinkProtocol:
         self._pong_number: int | None = None
 
     # --- in -----------------------------------------------------------------------------------------------------------
+
+    def receive_data(self, data: memoryview) -> Buffer | None:
+        """The stream data in `data`, if that is one short data frame and nothing else: as `receive` would yield it.
+
+        None means that nothing was decoded: call `receive`. It may raise the same errors.
+        """
+        stream = self.stream
+        if self.state is not _BUSY or self.close_sent or not (stream.opened or stream.egress):  # type: ignore[union-attr]
+            return None
+        payload = self._decoder.whole(data)
+        if payload:
+            stream.inbound.arrived(len(payload))  # type: ignore[union-attr]  # BUSY has a stream
+        return payload or None
+
+    def ack_due(self) -> bool:
+        """Whether the stream's data asks for an ack now, though nothing else would be pulled."""
+        return self.stream is not None and self.stream.inbound.ack_due()
 
     def receive(self, data: bytes | memoryview) -> Iterator[Buffer | AnyMessage | PeerClosed]:
         """Decode what came from the connection.
@@ -186,14 +210,14 @@ class LinkProtocol:
                 continue  # §5.5.1: what was under way when we closed
             if opcode == _BINARY:
                 state = self.state
-                if state is Exchange.BUSY:
+                if state is _BUSY:
                     stream = self.stream
                     if not stream.opened and not stream.egress:  # type: ignore[union-attr]  # BUSY has a stream
                         raise ProtocolError("data before opened")
                     if payload:
                         stream.inbound.arrived(len(payload))  # type: ignore[union-attr]
                         yield payload
-                elif state is not Exchange.RESETTING:
+                elif state is not _RESETTING:
                     raise ProtocolError(f"data while {state.value}")
             elif opcode == _TEXT:
                 message = self._gather(payload, last)
@@ -422,13 +446,18 @@ class LinkProtocol:
             next append to the stream.
         """
         out: list[Buffer] = self._control
-        if not self.close_sent:
+        self.drained = True
+        if self._ping or self._pong is not None or self._pong_number is not None:
             self._pull_pings(out)
         stream = self.stream
-        if stream is not None and self.state is Exchange.BUSY and not self._pull_reset(out, stream):
+        if (
+            stream is not None
+            and self.state is _BUSY
+            and (stream.reset_wanted is None or not self._pull_reset(out, stream))
+        ):
             inbound, outbound = stream.inbound, stream.outbound
             # Silence after the end: nothing is acked beyond the ack of the peer's EOF.
-            if (stream.ack_wanted and inbound.state is not Half.DONE) or inbound.ack_due():
+            if (stream.ack_wanted and inbound.state is not _DONE) or inbound.ack_due():
                 stream.ack_wanted = False
                 consumed, limit = inbound.grant(now, round_trip)
                 out.append(self._frame(Opcode.TEXT, messages.encode(Ack(n=self.n, consumed=consumed, limit=limit))))
@@ -436,18 +465,22 @@ class LinkProtocol:
             if view is not None:
                 self.expecting = True
                 self._data(out, view)
-            if not self._pull_reset(out, stream):
-                if outbound.eof_due():
+                self.drained = outbound.cursor == outbound.replay.end
+            if stream.reset_wanted is None or not self._pull_reset(out, stream):
+                if outbound.total is not None and outbound.eof_due():
                     total = outbound.eof_sent()
                     self.expecting = True
                     out.append(self._frame(Opcode.TEXT, messages.encode(Eof(n=self.n, total=total))))
-                self._settle()
+                if outbound.state is _DONE:
+                    self._settle()
         if out:
             self._control = []
             self._control_bytes = 0
         return out
 
     def _pull_pings(self, out: list[Buffer]) -> None:
+        if self.close_sent:
+            return
         if self._ping:
             out.append(self._frame(Opcode.PING, b""))
             self._ping = False
@@ -477,14 +510,18 @@ class LinkProtocol:
 
     def _data(self, out: list[Buffer], view: memoryview) -> None:
         """One binary frame. RFC 6455 §5.3: every client frame has a fresh, unpredictable key."""
-        key = self._key()
-        header = encode_header(_BINARY, len(view), key=key)
-        payload: Buffer = view if key is None else apply_mask(view, key)
-        if len(payload) < _SMALL:
-            out.append(header + payload)
+        keys = self._keys
+        key = None if keys is None else keys.next()
+        size = len(view)
+        header = encode_header(_BINARY, size, key=key)
+        if size < _SMALL:
+            out.append(header + (view if key is None else apply_mask(view, key)))
+            return
+        out.append(header)
+        if key is None:
+            out.append(view)
         else:
-            out.append(header)
-            out.append(payload)
+            out.extend(apply_mask(view[at : at + _MASK_BYTES], key) for at in range(0, size, _MASK_BYTES))
 
     def _key(self) -> bytes | None:
         return None if self._keys is None else self._keys.next()
@@ -495,7 +532,7 @@ class LinkProtocol:
     def _settle(self) -> None:
         """Both directions done: the link may be used again."""
         stream = self.stream
-        if stream is not None and stream.outbound.state is Half.DONE and stream.inbound.state is Half.DONE:
+        if stream is not None and stream.outbound.state is _DONE and stream.inbound.state is _DONE:
             self._move(ExchangeEvent.FINISHED)
 
     def _move(self, event: ExchangeEvent) -> None:
