@@ -18,6 +18,7 @@ from wstunnel.client import _sweep
 from wstunnel.client_session import ClientSession
 from wstunnel.errors import NetworkError, ProtocolError
 from wstunnel.forwards import parse_forward
+from wstunnel.wire.credit import Budget
 from wstunnel.wire.messages import VERSION, Detached, Hello, Resume
 
 __all__ = ["lines", "make_world"]  # fixtures, seen from here
@@ -129,7 +130,8 @@ async def test_a_thousand_streams_are_told_of_at_once(make_world: Make, autojump
 
 async def test_uploads_during_an_outage_do_not_use_the_budget_up(make_world: Make, autojump_clock: MockClock) -> None:
     world = make_world()
-    world.session.principal.budget.capacity = 2 * limits.MIB  # what 1,000 streams do to the real one, 16 do to this
+    principal = world.session.principal
+    principal.budget = Budget(2 * limits.MIB, principal.budget.parent)  # what 1,000 streams do to theirs, 16 do to this
     world.run()
     await trio.sleep(2)
     apps = []

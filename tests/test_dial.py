@@ -11,10 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from wstunnel import dial, limits
-from wstunnel.dial import SocketAddress, connect_socket, dial_server, dial_target, is_local_address
+from wstunnel.dial import (
+    Begun,
+    SocketAddress,
+    begin_dial,
+    connect_socket,
+    dial_server,
+    dial_target,
+    is_local_address,
+)
 from wstunnel.errors import NetworkError, StreamError
 from wstunnel.policy import Policy, parse_rule
 from wstunnel.targets import join_host_port, parse_target
@@ -163,6 +171,32 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+class Slow(socket.socket):
+    """Connects on loopback, but says that it is under way; SO_ERROR is `late_error`."""
+
+    late_error = 0
+
+    def connect_ex(self, address: object, /) -> int:
+        super().connect_ex(address)  # type: ignore[arg-type]
+        return errno.EINPROGRESS
+
+    def getsockopt(self, level: int, name: int, *rest: object) -> object:  # type: ignore[override]
+        return self.late_error if name == socket.SO_ERROR else super().getsockopt(level, name, *rest)
+
+
+class Selfish(socket.socket):
+    """Is given the very port that it connects to as its own."""
+
+    def connect_ex(self, address: object, /) -> int:
+        if not self.getsockname()[1]:
+            self.bind(address)  # type: ignore[arg-type]
+        return super().connect_ex(address)  # type: ignore[arg-type]
+
+
+def none_left(*_: object) -> socket.socket:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 class TestRealSockets:
     async def test_a_literal(self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
         def too_dear(*_: object, **__: object) -> None:
@@ -238,14 +272,7 @@ class TestRealSockets:
     async def test_the_answer_comes_by_the_selector(
         self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, late_error: int, code: str | None
     ) -> None:
-        class Slow(socket.socket):
-            def connect_ex(self, address: object, /) -> int:
-                super().connect_ex(address)  # type: ignore[arg-type]
-                return errno.EINPROGRESS
-
-            def getsockopt(self, level: int, name: int, *rest: object) -> object:  # type: ignore[override]
-                return late_error if name == socket.SO_ERROR else super().getsockopt(level, name, *rest)
-
+        monkeypatch.setattr(Slow, "late_error", late_error)
         monkeypatch.setattr(socket, "socket", Slow)
         before = descriptors()
         target = parse_target(join_host_port(*listener.getsockname()))
@@ -310,21 +337,12 @@ class TestRealSockets:
             accepted.recv(1)
 
     async def test_out_of_descriptors(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def none_left(*_: object) -> socket.socket:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
         monkeypatch.setattr(socket, "socket", none_left)
         with pytest.raises(StreamError, match="too many open files") as caught:
             await dial_target(parse_target("127.0.0.1:80"), OPEN, limiter=None)
         assert caught.value.code == "limit"
 
     async def test_a_socket_that_connected_to_itself_is_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Selfish(socket.socket):
-            def connect_ex(self, address: object, /) -> int:
-                if not self.getsockname()[1]:
-                    self.bind(address)  # type: ignore[arg-type]
-                return super().connect_ex(address)  # type: ignore[arg-type]
-
         port = free_port()
         monkeypatch.setattr(socket, "socket", Selfish)
         before = descriptors()
@@ -337,6 +355,186 @@ class TestRealSockets:
         with pytest.raises(OSError) as caught:
             await connect_socket(socket.AF_INET, ("255.255.255.255", 80))
         assert caught.value.errno in (errno.EACCES, errno.ENETUNREACH)
+        assert descriptors() == before
+
+
+async def not_again(*_: object) -> socket.socket:
+    raise AssertionError("it was begun already")
+
+
+class TestBeginDial:
+    """The first system calls at once, and what takes time handed on to `dial_target`."""
+
+    @staticmethod
+    async def go_on(begun: Begun, target: str) -> tuple[socket.socket, str]:
+        return await dial_target(
+            parse_target(target), OPEN, limiter=None, resolve=unresolved, connect=not_again, begun=begun
+        )
+
+    @pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+    async def test_connected_at_once(self, ip: str) -> None:
+        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+        try:
+            listener = socket.create_server((ip, 0), family=family)
+        except OSError:
+            pytest.skip(f"this machine has no {ip}")
+        with listener:
+            port = listener.getsockname()[1]
+            target = join_host_port(ip, port)
+            begun = begin_dial(parse_target(target), OPEN)
+            assert begun is not None
+            with begun.sock:
+                assert begun.done
+                assert begun.address == target
+                assert begun.sock.family == family
+                assert not begun.sock.getblocking()
+                assert begun.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                accepted, peer = listener.accept()
+                with accepted:
+                    assert peer == begun.sock.getsockname()
+                assert await self.go_on(begun, target) == (begun.sock, target)
+
+    def test_refused(self) -> None:
+        port = free_port()
+        before = descriptors()
+        with pytest.raises(StreamError) as caught:
+            begin_dial(parse_target(f"127.0.0.1:{port}"), OPEN)
+        assert caught.value.code == "refused"
+        assert str(caught.value) == f"cannot connect to tcp:127.0.0.1:{port}: connection refused"
+        assert descriptors() == before
+
+    @pytest.mark.parametrize(
+        ("target", "policy"),
+        [
+            ("udp:127.0.0.1:53", rules("*:*")),
+            ("unix:/run/x", rules("unix:/run/x")),
+            ("169.254.169.254:80", OPEN),
+            ("[::ffff:169.254.169.254]:80", OPEN),
+            ("127.0.0.1:80", rules("10.0.0.0/8:*")),
+            ("127.0.0.1:80", Policy([], own_sockets=[("0.0.0.0", 80)], is_local=lambda ip: False)),
+            ("db:80", rules("a:80")),
+        ],
+    )
+    async def test_the_policy_is_asked_first_and_says_what_dial_target_says(
+        self, target: str, policy: Policy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_sockets(*_: object) -> None:
+            raise AssertionError("no socket for what is forbidden")
+
+        monkeypatch.setattr(socket, "socket", no_sockets)
+        with pytest.raises(StreamError) as caught:
+            begin_dial(parse_target(target), policy)
+        with pytest.raises(StreamError) as other:
+            await dial_target(parse_target(target), policy, limiter=None, resolve=unresolved)
+        assert caught.value.code == other.value.code == "forbidden"
+        assert str(caught.value) == str(other.value)
+        assert getattr(caught.value, "__notes__", []) == getattr(other.value, "__notes__", [])
+
+    @pytest.mark.parametrize("host", ["db", "localhost", "127.1", "2130706433"])
+    def test_a_name_has_to_be_resolved(self, host: str) -> None:
+        before = descriptors()
+        assert begin_dial(parse_target(f"{host}:80"), OPEN) is None
+        assert descriptors() == before
+
+    @pytest.mark.parametrize(("late_error", "code"), [(0, None), (errno.EHOSTUNREACH, "unreachable")])
+    async def test_the_answer_comes_by_the_selector(
+        self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, late_error: int, code: str | None
+    ) -> None:
+        monkeypatch.setattr(Slow, "late_error", late_error)
+        monkeypatch.setattr(socket, "socket", Slow)
+        target = join_host_port(*listener.getsockname())
+        begun = begin_dial(parse_target(target), OPEN)
+        assert begun is not None
+        assert not begun.done
+        if code is None:
+            assert await self.go_on(begun, target) == (begun.sock, target)
+            begun.sock.close()
+        else:
+            with pytest.raises(StreamError, match=f"cannot connect to tcp:{target}: ") as caught:
+                await self.go_on(begun, target)
+            assert caught.value.code == code
+            assert begun.sock.fileno() == -1
+
+    async def test_no_answer(self, full_listener: tuple[str, int], autojump_clock: MockClock) -> None:
+        target = join_host_port(*full_listener)
+        begun = begin_dial(parse_target(target), OPEN)
+        assert begun is not None
+        assert not begun.done
+        began = trio.current_time()
+        with pytest.raises(StreamError, match=rf"no answer within {limits.DIAL_SECONDS:g} seconds") as caught:
+            await self.go_on(begun, target)
+        assert caught.value.code == "timeout"
+        assert trio.current_time() - began == pytest.approx(limits.DIAL_SECONDS)
+        assert begun.sock.fileno() == -1
+
+    async def test_cancelled_while_it_is_under_way(self, full_listener: tuple[str, int]) -> None:
+        target = join_host_port(*full_listener)
+        begun = begin_dial(parse_target(target), OPEN)
+        assert begun is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.go_on, begun, target)
+            await wait_all_tasks_blocked()
+            assert begun.sock.fileno() >= 0
+            nursery.cancel_scope.cancel()
+        assert begun.sock.fileno() == -1
+
+    async def test_cancelled_before_the_task_ran(self, full_listener: tuple[str, int]) -> None:
+        target = join_host_port(*full_listener)
+        begun = begin_dial(parse_target(target), OPEN)
+        assert begun is not None
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await self.go_on(begun, target)
+        assert scope.cancelled_caught
+        assert begun.sock.fileno() == -1
+
+    async def test_cancelled_when_connected_is_a_reset_for_the_target(self, listener: socket.socket) -> None:
+        target = join_host_port(*listener.getsockname())
+        begun = begin_dial(parse_target(target), OPEN)
+        assert begun is not None
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await self.go_on(begun, target)
+        assert scope.cancelled_caught
+        accepted, _ = listener.accept()
+        with accepted, pytest.raises(ConnectionResetError):
+            accepted.recv(1)
+
+    def test_a_socket_that_connected_to_itself_is_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        port = free_port()
+        monkeypatch.setattr(socket, "socket", Selfish)
+        before = descriptors()
+        with pytest.raises(StreamError) as caught:
+            begin_dial(parse_target(f"127.0.0.1:{port}"), OPEN)
+        assert caught.value.code == "refused"
+        assert descriptors() == before
+
+    async def test_nor_later(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Simultaneous open may end while it is waited for, too."""
+
+        class Both(Selfish, Slow):
+            pass
+
+        port = free_port()
+        monkeypatch.setattr(socket, "socket", Both)
+        begun = begin_dial(parse_target(f"127.0.0.1:{port}"), OPEN)
+        assert begun is not None
+        with pytest.raises(StreamError) as caught:
+            await self.go_on(begun, f"127.0.0.1:{port}")
+        assert caught.value.code == "refused"
+        assert begun.sock.fileno() == -1
+
+    def test_out_of_descriptors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(socket, "socket", none_left)
+        with pytest.raises(StreamError, match="too many open files") as caught:
+            begin_dial(parse_target("127.0.0.1:80"), OPEN)
+        assert caught.value.code == "limit"
+
+    def test_an_error_of_connect_itself(self) -> None:
+        before = descriptors()
+        with pytest.raises(StreamError) as caught:
+            begin_dial(parse_target("255.255.255.255:80"), rules("255.255.255.255:80"))
+        assert caught.value.code in ("unreachable", "forbidden")
         assert descriptors() == before
 
 
@@ -684,8 +882,5 @@ class TestLocalAddresses:
         assert is_local_address(ip) is expected
 
     def test_when_in_doubt_yes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def none_left(*_: object) -> socket.socket:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
         monkeypatch.setattr(socket, "socket", none_left)
         assert is_local_address("192.0.2.1")

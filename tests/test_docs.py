@@ -28,7 +28,8 @@ from wstunnel.wire.states import EXCHANGE, EXPECTED, Exchange
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts and "changelog.d" not in path.parts)
+PARTS = ("_build", "changelog.d", "results.md")  # what is no page: built, or included in one
+PAGES = sorted(path for path in DOCS.rglob("*.md") if not set(PARTS) & set(path.parts))
 PACKAGE = Path(limits.__file__).parent  # CI tests the installed one
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 PROTOCOL = DOCS / "reference" / "protocol.md"

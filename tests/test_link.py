@@ -71,7 +71,7 @@ class End(Session):
     ) -> None:  # fmt: skip
         self.window = window
         principal = Principal(name, process or Budget(1 << 40), {} if everyone is None else everyone)
-        principal.budget.capacity = capacity
+        principal.budget = Budget(capacity, principal.budget.parent)
         super().__init__(SESSION, principal, reactor, logs.logger("test"))
         self.messages: list[AnyMessage] = []
         self.idled: list[Link] = []
@@ -731,30 +731,43 @@ class TestPace:
         monkeypatch.setattr(MemoryReactor, "spent", staticmethod(spent))
         return took
 
-    def test_slow_work_reads_less_down_to_a_floor_and_quick_work_more(self, seconds):
-        for tls in (False, True):
-            wire = Wire(tls=tls)
-            wire.reactor.scratch = memoryview(bytearray(limits.SCRATCH_BYTES))
-            _stream, application = wire.open()
-            seconds[0] = 2 * limits.TURN_SECONDS
-            for _ in range(9):
-                wire.state.outbound.append(b"x")
-                wire.run()
-            wire.state.outbound.append(bytes(3 * limits.READ_FLOOR_BYTES))
-            wire.carry_in()
-            read(application)
-            wire.reactor.turn(wire.link)
-            assert 0 < len(read(application)) <= limits.READ_FLOOR_BYTES
+    @pytest.mark.parametrize("tls", [False, True])
+    def test_slow_work_reads_less_down_to_a_floor_and_quick_work_more(self, seconds, tls):
+        wire = Wire(tls=tls)
+        wire.reactor.scratch = memoryview(bytearray(limits.SCRATCH_BYTES))
+        _stream, application = wire.open()
+        seconds[0] = 2 * limits.TURN_SECONDS
+        for _ in range(9):
+            wire.state.outbound.append(bytes(2 * limits.READ_FLOOR_BYTES))
             wire.run()
-            seconds[0] = limits.TURN_SECONDS / 2  # neither slow nor quick
-            wire.state.outbound.append(b"x")
+        wire.state.outbound.append(bytes(3 * limits.READ_FLOOR_BYTES))
+        wire.carry_in()
+        read(application)
+        wire.reactor.turn(wire.link)
+        assert 0 < len(read(application)) <= limits.READ_FLOOR_BYTES
+        wire.run()
+        seconds[0] = limits.TURN_SECONDS / 2  # neither slow nor quick
+        wire.state.outbound.append(bytes(2 * limits.READ_FLOOR_BYTES))
+        wire.run()
+        assert wire.link._read_size == limits.READ_FLOOR_BYTES
+        seconds[0] = 0.0
+        for _ in range(30):
+            wire.state.outbound.append(bytes(2 * limits.READ_FLOOR_BYTES))
             wire.run()
-            assert wire.link._read_size == limits.READ_FLOOR_BYTES
-            seconds[0] = 0.0
-            for _ in range(30):
-                wire.state.outbound.append(b"x")
-                wire.run()
-            assert wire.link._read_size == limits.SCRATCH_BYTES
+        assert wire.link._read_size == limits.SCRATCH_BYTES
+
+    def test_little_is_not_worth_the_look_at_the_clock(self, monkeypatch):
+        """A read below the floor could not be made smaller; on an interactive stream all reads are."""
+        wire = Wire()
+        _stream, application = wire.open()
+
+        def spent() -> float:
+            raise AssertionError("two system calls for a keystroke")
+
+        monkeypatch.setattr(MemoryReactor, "spent", staticmethod(spent))
+        wire.state.outbound.append(bytes(limits.READ_FLOOR_BYTES - 20))
+        wire.run()
+        assert len(read(application)) == limits.READ_FLOOR_BYTES - 20
 
 
 def fails(code: int) -> Callable[..., int]:
@@ -944,16 +957,30 @@ class TestLiveness:
         pass_time(wire, 2 * EDGE)
         assert wire.end.losses == ["no answer for 40 s"]
 
-    def test_data_behind_a_blocked_frame_is_not_in_flight(self):
-        wire = Wire()
+    @pytest.mark.parametrize("tls", [False, True])
+    @pytest.mark.parametrize("size", [1, 4096], ids=["one-write", "gathered"])
+    def test_data_behind_a_blocked_frame_is_not_in_flight(self, size, tls):
+        wire = Wire(tls=tls)
         _stream, application = wire.open()
         wire.near.outgoing.room = 0
-        write(application, b"x")
+        write(application, bytes(size))
         wire.turn()
+        assert wire.link.blocked
         pass_time(wire, STALL_SECONDS + 1)
         assert wire.end.stalls == []
         wire.near.outgoing.room = None
         wire.turn()
+        pass_time(wire, STALL_SECONDS)
+        assert wire.end.stalls == [wire.link]
+
+    @pytest.mark.parametrize("size", [1, 4096], ids=["one-write", "gathered"])
+    def test_a_part_of_a_frame_is_in_flight(self, size):
+        wire = Wire()
+        _stream, application = wire.open()
+        wire.near.outgoing.room = 2
+        write(application, bytes(size))
+        wire.turn()
+        assert wire.link.blocked
         pass_time(wire, STALL_SECONDS)
         assert wire.end.stalls == [wire.link]
 

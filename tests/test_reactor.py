@@ -7,9 +7,12 @@ import gc
 import itertools
 import logging
 import os
+import platform
 import select
 import socket
 import ssl
+import subprocess
+import sys
 import weakref
 from typing import TYPE_CHECKING
 
@@ -1441,3 +1444,31 @@ class TestMakeReactor:
     def test_tasks_elsewhere(self, monkeypatch):
         monkeypatch.delattr(select, "epoll", raising=False)
         assert type(make_reactor()) is TaskReactor
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how malloc gives memory back is glibc's own affair")
+def test_what_frames_need_is_not_given_back_to_the_kernel_for_each() -> None:
+    """In a process of its own: what this one has freed before decides what its malloc keeps."""
+    program = """
+import resource, sys
+from wstunnel import limits
+from wstunnel.reactor import make_reactor
+from wstunnel.wire.masking import apply_mask
+
+make_reactor()
+data = memoryview(bytearray(limits.FRAME_BYTES))
+def frame():
+    return len(b"".join([b"header", apply_mask(data, b"1234")]))
+for _ in range(10):
+    frame()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
+    frame()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    faults = int(done.stdout)
+    assert faults < 100, f"{faults} page faults for 100 frames"

@@ -32,10 +32,12 @@ from wstunnel import limits, sockets, tls
 from wstunnel import server as server_module
 from wstunnel.auth import Token, Users
 from wstunnel.config import ServerConfig
+from wstunnel.dial import Begun
 from wstunnel.endpoints import tcp
-from wstunnel.errors import LocalError, ProtocolError
+from wstunnel.errors import LocalError, ProtocolError, StreamError
 from wstunnel.server import Server
 from wstunnel.state import read_announcement
+from wstunnel.stream import Stream
 from wstunnel.wire.frames import FrameDecoder, Opcode, encode_frame, parse_close
 from wstunnel.wire.messages import (
     VERSION,
@@ -360,6 +362,84 @@ class TestOpen:
         assert world.dialled == ["tcp:db:5432"]
         assert not world.targets
         assert not world.server._principals["alice"].streams
+
+    async def test_a_reset_in_the_same_read_comes_before_the_dial(
+        self, make_world: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def too_late(*_: object) -> None:
+            raise AssertionError("nobody wants the target any more")
+
+        world = make_world()
+        monkeypatch.setattr(server_module, "begin_dial", too_late)
+        await Peer(world).send(hello(), opening(1), Reset(n=1, code="reset"))
+        assert not world.dialled
+        assert not world.server._principals["alice"].streams
+
+    @pytest.mark.parametrize(
+        "refusal", [None, StreamError("refused", "cannot connect"), StreamError("forbidden", "no")]
+    )
+    async def test_what_needs_no_wait_is_dialled_at_once(
+        self, make_world: Make, monkeypatch: pytest.MonkeyPatch, lines: LogLines, refusal: StreamError | None
+    ) -> None:
+        """Without a task: at the end of the batch that brought `open`."""
+        world = make_world()
+        near, far = world.pair()
+        if refusal is not None:
+            refusal.add_note("the reason in full")
+
+        def begin(_target: object, policy: object) -> Begun:
+            assert policy is world.server.policy
+            if refusal is not None:
+                raise refusal
+            return Begun(near, ("10.0.0.5", 5432), done=True)  # type: ignore[arg-type]
+
+        def no_task(*_: object) -> None:
+            raise AssertionError("a task costs more than the dial")
+
+        monkeypatch.setattr(server_module, "begin_dial", begin)
+        monkeypatch.setattr(world.server, "_await_dial", no_task)
+        peer = Peer(world)
+        answers = await peer.send(hello(), opening(1), data(b"early"))
+        if refusal is None:
+            assert Opened(n=1, address="10.0.0.5:5432") in answers
+            assert bytes(far.incoming.arrived) == b"early"
+        else:
+            assert Reset(n=1, code=refusal.code, message=str(refusal)) in answers
+            await peer.send(Reset(n=1, code="reset"))
+            (refused,) = lines("stream refused")
+            assert (refused["reason"], refused["policy"]) == (refusal.code, "the reason in full")
+
+    async def test_what_is_under_way_is_handed_on(self, make_world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        world = make_world()
+        near, far = world.pair()
+        begun = Begun(near, ("10.0.0.5", 5432), done=False)  # type: ignore[arg-type]
+        handed: list[Begun | None] = []
+
+        async def go_on(*_: object, limiter: object, begun: Begun | None) -> tuple[object, str]:
+            handed.append(begun)
+            await trio.lowlevel.checkpoint()
+            return near, "10.0.0.5:5432"
+
+        monkeypatch.setattr(server_module, "begin_dial", lambda *_: begun)
+        monkeypatch.setattr(server_module, "dial_target", go_on)
+        answers = await Peer(world).send(hello(), opening(1), data(b"early"))
+        assert handed == [begun]
+        assert Opened(n=1, address="10.0.0.5:5432") in answers
+        assert bytes(far.incoming.arrived) == b"early"
+
+    async def test_a_fault_of_ours_after_the_dial_is_that_streams_end(
+        self, make_world: Make, monkeypatch: pytest.MonkeyPatch, lines: LogLines
+    ) -> None:
+        def fault(*_: object) -> None:
+            raise KeyError("a fault")
+
+        world = make_world()
+        monkeypatch.setattr(Stream, "connected", fault)
+        peer = Peer(world)
+        answers = await peer.send(hello(), opening(1))
+        assert Reset(n=1, code="internal", message="internal error: KeyError") in answers
+        assert peer.link.sock is not None
+        assert lines("fault in our own code")
 
     async def test_the_end_of_a_link_stops_the_dial_and_resets_the_target(
         self, make_world: Make, lines: LogLines

@@ -450,6 +450,8 @@ class EpollReactor(Reactor):
         async with trio.open_nursery() as nursery:
             try:
                 self._trio = await trio_loop.find()
+                if self._trio is not None and not self._waits_for(self._trio):
+                    self._trio = None
                 task_status.started()
                 if self._trio is None:
                     nursery.start_soon(self._run_alarms)
@@ -460,6 +462,15 @@ class EpollReactor(Reactor):
                 self._stop()  # here and not behind the nursery, whose end is another pass through Trio
                 if self._trio is not None:
                     trio.lowlevel.remove_instrument(self._trio)
+
+    def _waits_for(self, loop: TrioLoop) -> bool:
+        """Have Trio's selector end our wait. False if it cannot be watched (too many watches of this user)."""
+        try:
+            self._epoll.register(loop.fd, READ)
+        except OSError:
+            trio.lowlevel.remove_instrument(loop)
+            return False
+        return True
 
     async def _serve_through_trio(self) -> None:
         while True:
@@ -474,7 +485,6 @@ class EpollReactor(Reactor):
     async def _serve_in_place_of(self, loop: TrioLoop) -> None:
         """Wait here while no other task can run: see `trio_loop`."""
         poll = self._epoll.poll
-        self._epoll.register(loop.fd, READ)
         idle = False
         while True:
             await loop.step_aside(idle=idle)

@@ -27,15 +27,16 @@ PATIENCE_SECONDS = 24 * 3600.0
 
 
 class TrioLoop(trio.abc.Instrument):
-    """The loop that runs the caller.
+    """The loop that runs the caller, a task.
 
     Attributes:
         fd: Trio's selector: readable when a socket, a thread or a signal has something for one of its tasks.
     """
 
-    def __init__(self, runner: Any, fd: int) -> None:
+    def __init__(self, runner: Any, task: Any, fd: int) -> None:
         self.fd = fd
         self._runner = runner
+        self._task = task
         # Not Trio's queue: that is emptied into a batch before the first task of it runs.
         self._due: set[Task] = set()
 
@@ -52,7 +53,8 @@ class TrioLoop(trio.abc.Instrument):
 
         PATIENCE_SECONDS at most; infinity when nothing has a deadline.
         """
-        if self._due or self._runner.waiting_for_idle:
+        # A cancellation is not scheduled for the task that runs: it meets it when it next waits in Trio.
+        if self._due or self._runner.waiting_for_idle or self._task._cancel_status.effectively_cancelled:
             return 0.0
         deadline: float = self._runner.deadlines.next_deadline()
         return deadline if deadline == math.inf else min(deadline - self._runner.clock.current_time(), PATIENCE_SECONDS)
@@ -79,7 +81,7 @@ async def find() -> TrioLoop | None:
             return None  # a mock clock jumps when all tasks are blocked in Trio; a guest's host waits elsewhere
         if any(isinstance(instrument, TrioLoop) for instrument in runner.instruments["_all"]):
             return None  # two would each find the other one due, and never wait
-        loop = TrioLoop(runner, runner.io_manager._epoll.fileno())
+        loop = TrioLoop(runner, GLOBAL_RUN_CONTEXT.task, runner.io_manager._epoll.fileno())
         loop.patience()
     except (ImportError, AttributeError, LookupError, TypeError):
         return None

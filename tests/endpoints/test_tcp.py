@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from tests import roles
 from tests.roles import LogLines, abort, descriptors, tcp_pair
 from wstunnel.endpoints import tcp
 from wstunnel.errors import LocalError
+from wstunnel.reactor import EpollReactor, Reactor, TaskReactor, make_reactor
 
 lines = roles.lines  # the fixture
 
@@ -177,22 +179,24 @@ class TestNames:
             assert tcp.peer_name(sock) == ""
 
 
-class FakeListener:
-    """A listener whose accepts are scripted: errno, or a socket. It is readable while anything is left."""
+class ScriptedListener(socket.socket):
+    """A real listener whose accepts are scripted: errno, or a socket. It is readable while anything is left.
 
-    def __init__(self, *script: int | socket.socket) -> None:
+    One connection that nobody accepts keeps it readable for the selector.
+    """
+
+    def __init__(self, *script: Any) -> None:
+        super().__init__()
         self.script = list(script)
-        self.sock = socket.create_server(("127.0.0.1", 0))
-        self.closed = False
-
-    def fileno(self) -> int:
-        return self.sock.fileno()
-
-    def getsockname(self) -> Any:
-        return self.sock.getsockname()
+        self.attempts = 0
+        self.bind(("127.0.0.1", 0))
+        self.listen()
+        self.waiting = socket.create_connection(self.getsockname())
 
     def accept(self) -> tuple[socket.socket, Any]:
+        self.attempts += 1
         if not self.script:
+            super().accept()[0].close()  # readable no more
             raise BlockingIOError(errno.EAGAIN, "again")
         step = self.script.pop(0)
         if isinstance(step, int):
@@ -200,110 +204,172 @@ class FakeListener:
         return step, None
 
     def close(self) -> None:
-        self.closed = True
-        self.sock.close()
+        self.waiting.close()
+        super().close()
 
 
-class TestAccept:
+Accepted = list[tuple[float, socket.socket]]
+
+
+class TestListener:
+    @pytest.fixture(params=["epoll", "task"])
+    async def reactor(self, request: pytest.FixtureRequest, nursery: trio.Nursery) -> Reactor:
+        if request.param == "epoll" and not hasattr(select, "epoll"):
+            pytest.skip("this system has no epoll")
+        reactor = EpollReactor() if request.param == "epoll" else TaskReactor()
+        await nursery.start(reactor.run)
+        return reactor
+
     @pytest.fixture
-    def always_readable(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        async def wait_readable(listener: FakeListener) -> None:
-            if listener.script:
-                await trio.lowlevel.checkpoint()
-            else:
-                await trio.sleep_forever()
+    def pairs(self, kept: list[socket.socket]) -> list[tuple[socket.socket, socket.socket]]:
+        made = [tcp_pair(), tcp_pair()]
+        for pair in made:
+            kept += pair
+        return made
 
-        monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    def start(self, reactor: Reactor, listener: socket.socket, **options: Any) -> tuple[tcp.Listener, Accepted]:
+        got: Accepted = []
+        acceptor = tcp.Listener(listener, lambda sock: got.append((trio.current_time(), sock)), **options)
+        acceptor.start(reactor)
+        return acceptor, got
 
-    async def accept(self, listener: Any, nursery: trio.Nursery) -> list[tuple[float, socket.socket]]:
-        got: list[tuple[float, socket.socket]] = []
-        nursery.start_soon(tcp.accept_forever, listener, lambda sock: got.append((trio.current_time(), sock)))
-        return got
-
-    async def test_connections_arrive_ready_for_use(self, nursery: trio.Nursery) -> None:
+    async def test_connections_arrive_ready_for_use(self, reactor: Reactor, kept: list[socket.socket]) -> None:
         listener = tcp.bind("127.0.0.1", 0)
         tcp.activate(listener)
         address = listener.getsockname()
-        got = await self.accept(listener, nursery)
-        near = [await trio.open_tcp_stream(*address) for _ in range(3)]
-        while len(got) < 3:
-            await trio.sleep(0.001)
+        _, got = self.start(reactor, listener)
+        for count in range(1, 4):
+            kept.append(socket.create_connection(address))
+            with trio.fail_after(10):
+                while len(got) < count:
+                    await trio.sleep(0.001)
+        assert sorted(sock.getpeername() for _, sock in got) == sorted(sock.getsockname() for sock in kept)
         for _, sock in got:
+            kept.append(sock)
             assert not sock.getblocking()
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            sock.close()
-        for stream in near:
-            await stream.aclose()
 
-    async def test_cancelling_closes_the_listener(self) -> None:
+    async def test_those_that_came_before_it_started_are_accepted_at_once(
+        self, reactor: Reactor, kept: list[socket.socket]
+    ) -> None:
+        listener = tcp.bind("127.0.0.1", 0)
+        tcp.activate(listener)
+        kept += [socket.create_connection(listener.getsockname()) for _ in range(3)]
+        _, got = self.start(reactor, listener)
+        await wait_all_tasks_blocked()
+        assert len(got) == 3
+        kept += [sock for _, sock in got]
+
+    async def test_dropping_it_closes_the_listener(self, reactor: Reactor) -> None:
+        listener = tcp.bind("127.0.0.1", 0)
+        tcp.activate(listener)
+        address = listener.getsockname()
+        acceptor, _ = self.start(reactor, listener)
+        await wait_all_tasks_blocked()
+        reactor.drop(acceptor)
+        assert listener.fileno() == -1
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, timeout=5)
+
+    async def test_the_end_of_the_reactor_closes_the_listener(self) -> None:
+        reactor = make_reactor()
         listener = tcp.bind("127.0.0.1", 0)
         tcp.activate(listener)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(tcp.accept_forever, listener, lambda sock: None)
+            await nursery.start(reactor.run)
+            self.start(reactor, listener)
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
+        assert listener.fileno() == -1
+
+    async def test_a_listener_that_cannot_be_watched_is_closed(
+        self, reactor: Reactor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_handler: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(reactor, "_watch", refuse)
+        listener = tcp.bind("127.0.0.1", 0)
+        with pytest.raises(LocalError, match="max_user_watches"):
+            self.start(reactor, listener)
         assert listener.fileno() == -1
 
     @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
     async def test_survives_a_lack_of_descriptors_and_says_so_once(
         self,
-        always_readable: None,
         autojump_clock: MockClock,
+        reactor: Reactor,
+        pairs: list[tuple[socket.socket, socket.socket]],
         lines: LogLines,
         code: int,
     ) -> None:
-        one, two = tcp_pair()
-        listener = FakeListener(code, code, code, one)
-        async with trio.open_nursery() as nursery:
-            got = await self.accept(listener, nursery)
-            await trio.sleep(3 * tcp.RETRY_SECONDS - 0.01)
-            assert not got
-            await trio.sleep(0.02)
-            assert [sock for _, sock in got] == [one]
-            (said,) = lines("cannot accept connections")
-            assert said == {"address": tcp.local_name(listener.sock), "reason": os.strerror(code)}
-            nursery.cancel_scope.cancel()
-        one.close()
-        two.close()
-        assert listener.closed
+        listener = ScriptedListener(code, code, code, pairs[0][0])
+        given_back: list[float] = []
+        _, got = self.start(reactor, listener, exhausted=lambda: given_back.append(trio.current_time()))
+        began = trio.current_time()
+        await trio.sleep(3 * tcp.RETRY_SECONDS - 0.01)
+        assert not got
+        assert listener.attempts == 3, "it waits, though the connection in the backlog is readable for ever"
+        await trio.sleep(0.02)
+        assert [sock for _, sock in got] == [pairs[0][0]]
+        assert given_back == pytest.approx([began + step * tcp.RETRY_SECONDS for step in range(3)])
+        (said,) = lines("cannot accept connections")
+        assert said == {"address": tcp.local_name(listener), "reason": os.strerror(code)}
 
     async def test_it_is_said_again_after_it_has_worked(
         self,
-        always_readable: None,
         autojump_clock: MockClock,
+        reactor: Reactor,
+        pairs: list[tuple[socket.socket, socket.socket]],
         lines: LogLines,
     ) -> None:
-        pairs = [tcp_pair(), tcp_pair()]
-        listener = FakeListener(errno.EMFILE, pairs[0][0], errno.EAGAIN, errno.EMFILE, pairs[1][0])
-        async with trio.open_nursery() as nursery:
-            got = await self.accept(listener, nursery)
-            await trio.sleep(1)
-            assert len(got) == 2
-            nursery.cancel_scope.cancel()
+        listener = ScriptedListener(errno.EMFILE, pairs[0][0], errno.EAGAIN, errno.EMFILE, pairs[1][0])
+        _, got = self.start(reactor, listener)
+        await trio.sleep(1)
+        assert [sock for _, sock in got] == [pairs[0][0], pairs[1][0]]
         assert len(lines("cannot accept connections")) == 2
-        for pair in pairs:
-            pair[0].close()
-            pair[1].close()
+
+    async def test_dropped_while_it_waits_for_a_descriptor(
+        self, autojump_clock: MockClock, reactor: Reactor, lines: LogLines
+    ) -> None:
+        listener = ScriptedListener(errno.EMFILE, errno.EMFILE)
+        acceptor, got = self.start(reactor, listener)
+        await trio.sleep(tcp.RETRY_SECONDS / 2)
+        reactor.drop(acceptor)
+        await trio.sleep(1)
+        assert (listener.attempts, got) == (1, [])
+        assert len(lines.all()) == 1
+
+    async def test_it_waits_too_when_giving_back_a_descriptor_fails(
+        self,
+        autojump_clock: MockClock,
+        reactor: Reactor,
+        pairs: list[tuple[socket.socket, socket.socket]],
+        lines: LogLines,
+    ) -> None:
+        """A fault there must not make it try again in a loop, which would keep the reactor from all else."""
+
+        def fault() -> None:
+            raise KeyError("a fault")
+
+        listener = ScriptedListener(errno.EMFILE, errno.EMFILE, pairs[0][0])
+        _, got = self.start(reactor, listener, exhausted=fault)
+        await trio.sleep(1.5 * tcp.RETRY_SECONDS)
+        assert listener.attempts == 2
+        assert len(lines("accepting has failed")) == 2
+        await trio.sleep(tcp.RETRY_SECONDS)
+        assert [sock for _, sock in got] == [pairs[0][0]]
 
     async def test_a_connection_that_was_aborted_before_is_nobodys_loss(
-        self,
-        always_readable: None,
-        autojump_clock: MockClock,
-        lines: LogLines,
+        self, reactor: Reactor, pairs: list[tuple[socket.socket, socket.socket]], lines: LogLines
     ) -> None:
-        one, two = tcp_pair()
-        listener = FakeListener(errno.ECONNABORTED, errno.EPROTO, one)
-        async with trio.open_nursery() as nursery:
-            got = await self.accept(listener, nursery)
-            await trio.sleep(0.01)
-            assert [sock for _, sock in got] == [one]
-            nursery.cancel_scope.cancel()
+        _, got = self.start(reactor, ScriptedListener(errno.ECONNABORTED, errno.EPROTO, pairs[0][0]))
+        await wait_all_tasks_blocked()
+        assert [sock for _, sock in got] == [pairs[0][0]]
         assert not lines.all()
-        one.close()
-        two.close()
 
     async def test_a_connection_that_cannot_be_set_up_is_closed(
-        self, always_readable: None, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+        self, reactor: Reactor, pairs: list[tuple[socket.socket, socket.socket]]
     ) -> None:
         class Broken:
             closed = False
@@ -317,21 +383,32 @@ class TestAccept:
             def close(self) -> None:
                 self.closed = True
 
-        broken: Any = Broken()
-        one, two = tcp_pair()
-        listener = FakeListener(broken, one)
-        async with trio.open_nursery() as nursery:
-            got = await self.accept(listener, nursery)
-            await trio.sleep(0.01)
-            assert [sock for _, sock in got] == [one]
-            nursery.cancel_scope.cancel()
+        broken = Broken()
+        _, got = self.start(reactor, ScriptedListener(broken, pairs[0][0]))
+        await wait_all_tasks_blocked()
+        assert [sock for _, sock in got] == [pairs[0][0]]
         assert broken.closed
-        one.close()
-        two.close()
 
-    async def test_a_crowd_does_not_keep_other_tasks_waiting(
-        self, always_readable: None, monkeypatch: pytest.MonkeyPatch
+    async def test_a_fault_of_ours_concerns_that_connection_only(
+        self, reactor: Reactor, pairs: list[tuple[socket.socket, socket.socket]], lines: LogLines
     ) -> None:
+        (bad, _), (good, _) = pairs
+        got: list[socket.socket] = []
+
+        def accepted(sock: socket.socket) -> None:
+            if sock is bad:
+                raise KeyError("a fault")
+            got.append(sock)
+
+        listener = ScriptedListener(bad, good)
+        tcp.Listener(listener, accepted).start(reactor)
+        await wait_all_tasks_blocked()
+        assert got == [good]
+        (said,) = lines("fault in our own code")
+        assert said["address"] == tcp.local_name(listener)
+        assert bad.fileno() >= 0, "it may be on the reactor already, which alone closes what it has"
+
+    async def test_a_crowd_does_not_keep_others_waiting(self, reactor: Reactor) -> None:
         class Connection:
             def setblocking(self, _blocking: bool) -> None:
                 pass
@@ -339,13 +416,14 @@ class TestAccept:
             def setsockopt(self, *_: object) -> None:
                 pass
 
-        crowd: list[Any] = [Connection() for _ in range(3 * tcp.BATCH)]
-        listener = FakeListener(*crowd)
-        most = seen = 0
-        async with trio.open_nursery() as nursery:
-            got = await self.accept(listener, nursery)
-            while len(got) < len(crowd):
-                await trio.lowlevel.checkpoint()
-                most, seen = max(most, len(got) - seen), len(got)
-            nursery.cancel_scope.cancel()
-        assert most == tcp.BATCH
+        class Counted(tcp.Listener):
+            def on_readable(self) -> None:
+                super().on_readable()
+                counts.append(len(got))
+
+        counts: list[int] = []
+        got: list[socket.socket] = []
+        crowd = [Connection() for _ in range(3 * tcp.BATCH)]
+        Counted(ScriptedListener(*crowd), got.append).start(reactor)
+        await wait_all_tasks_blocked()
+        assert counts == [tcp.BATCH, 2 * tcp.BATCH, 3 * tcp.BATCH, 3 * tcp.BATCH]

@@ -350,6 +350,85 @@ class TestStreaming:
             assert whole(decode(FrameDecoder(masked=masked), *one_by_one(wire))) == sent[1]
 
 
+class TestWhole:
+    """One short BINARY frame and nothing else, in a short cut: `feed` is the oracle."""
+
+    @BOTH_ROLES
+    @pytest.mark.parametrize("length", range(126))
+    def test_every_short_length(self, masked: bool, length: int) -> None:
+        payload = bytes(range(length))
+        got = FrameDecoder(masked=masked).whole(memoryview(encode(Opcode.BINARY, payload, masked=masked)))
+        assert got is not None
+        assert bytes(got) == payload
+
+    @BOTH_ROLES
+    def test_nothing_else(self, masked: bool) -> None:
+        short = encode(Opcode.BINARY, b"x" * 9, masked=masked)
+        wrong = [
+            *(short[:size] for size in range(len(short))),
+            short + b"\x82",
+            short + short,
+            encode(Opcode.BINARY, bytes(126), masked=masked),
+            encode(Opcode.BINARY, bytes(126), masked=masked)[: 132 if masked else 128],  # as if 126 were its length
+            encode(Opcode.BINARY, b"x" * 9, masked=masked, fin=False),
+            encode(Opcode.BINARY, b"x" * 9, masked=not masked),
+            *(encode(opcode, b"x" * 9, masked=masked) for opcode in Opcode if opcode is not Opcode.BINARY),
+            *(bytes([short[0] | reserved]) + short[1:] for reserved in (0x40, 0x20, 0x10)),
+            raw(0x82, b"\x7e\x00\x09", b"x" * 9, masked=masked),  # a length that is not in the fewest bytes
+        ]
+        for data in wrong:
+            assert FrameDecoder(masked=masked).whole(memoryview(data)) is None
+
+    @BOTH_ROLES
+    @pytest.mark.parametrize(
+        "before",
+        ["header", "payload", "fragment", "close", "error"],
+    )
+    def test_only_between_messages(self, masked: bool, before: str) -> None:
+        short = encode(Opcode.BINARY, b"abc", masked=masked)
+        begun = {
+            "header": short[:1],
+            "payload": short[:-1],
+            "fragment": encode(Opcode.TEXT, b"abc", masked=masked, fin=False),
+            "close": encode(Opcode.CLOSE, masked=masked),
+            "error": b"\xff\xff",
+        }[before]
+        decoder = FrameDecoder(masked=masked)
+        drain(decoder, [begun])
+        assert decoder.whole(memoryview(short)) is None
+
+    @given(
+        st.booleans(),
+        traffic(),
+        st.one_of(st.none(), st.integers(0, 200)),
+        st.data(),
+    )
+    @reproducible
+    def test_as_feed_or_not_at_all(
+        self,
+        masked: bool,
+        sent: tuple[list[Frame], list[tuple[int, bytes]]],
+        cut: int | None,
+        data: st.DataObject,
+    ) -> None:
+        """After any traffic, whole or cut anywhere, and whatever comes behind."""
+        wire = b"".join(encode(f.opcode, f.payload, masked=masked, fin=f.fin) for f in sent[0])
+        wire = wire[:cut]
+        frame = bytearray(encode(Opcode.BINARY, data.draw(st.binary(max_size=140)), masked=masked))
+        frame[0] = data.draw(st.sampled_from([0x82, 0x82, 0x82, 0x02, 0xC2, 0x80, 0x81, 0x89]))
+        piece = bytes(frame) + data.draw(st.sampled_from([b"", b"", b"\x82", encode(Opcode.PING, masked=masked)]))
+        one, other = FrameDecoder(masked=masked), FrameDecoder(masked=masked)
+        assert drain(one, [wire])[0] == drain(other, [wire])[0]
+        got = one.whole(memoryview(piece))
+        if got is not None:
+            assert drain(other, [piece]) == ([(Opcode.BINARY, bytes(got))], None)
+        rest = [encode(Opcode.PONG, b"p", masked=masked), encode(Opcode.BINARY, b"next", masked=masked)]
+        rest = rest if got is not None else [piece, *rest]
+        (units, error), (expected, oracle_error) = drain(one, rest), drain(other, rest)
+        assert units == expected
+        assert str(error) == str(oracle_error)
+
+
 class TestSection54Fragmentation:
     @BOTH_ROLES
     @pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY])

@@ -6,6 +6,7 @@ import json
 import random
 import typing
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -187,10 +188,14 @@ def pull_once(protocol: LinkProtocol, size: int = 1 << 20) -> list[object]:
 
 
 def pull(protocol: LinkProtocol, size: int = 1 << 20) -> list[object]:
-    """All that there is to send."""
+    """All that there is to send. Whoever writes stops at `drained`: nothing may follow."""
     sent: list[object] = []
+    drained = False
     while more := pull_once(protocol, size):
+        assert not drained
+        drained = protocol.drained
         sent += more
+    assert protocol.drained
     return sent
 
 
@@ -343,6 +348,7 @@ class Pair:
     def write(self, end: End, size: int = 1 << 20) -> bool:
         """`end` writes once; True if it had something to write."""
         data = b"".join(end.protocol.pull(size, NOW, ROUND_TRIP))
+        assert not (end.protocol.drained and end.protocol.pull(size, NOW, ROUND_TRIP))
         self.sent[end] += data
         step = self.size or len(data)
         self.under_way[end] += [data[start : start + step] for start in range(0, len(data), step or 1)]
@@ -1152,6 +1158,154 @@ class TestCredit:
             assert end.stream is not None
             end.stream.discard()
             assert end.budget.held == 0
+
+
+def quickly(protocol: LinkProtocol, data: bytes) -> list[object]:
+    """Let `data` arrive as link.py does with a short read."""
+    payload = protocol.receive_data(memoryview(data))
+    if payload is None:
+        return receive(protocol, data)
+    assert protocol.stream is not None
+    protocol.stream.inbound.passed(len(payload))
+    return [bytes(payload)]
+
+
+class TestReceiveData:
+    """One short data frame alone, in a short cut: `receive` is the oracle."""
+
+    @staticmethod
+    def outcome(
+        protocol: LinkProtocol, function: Callable[[LinkProtocol, bytes], list[object]], *data: bytes
+    ) -> object:
+        """What came of it: the events or the error of each piece, what has changed, and what there is to send."""
+        results: list[object] = []
+        for piece in data:
+            try:
+                results.append(function(protocol, piece))
+            except ProtocolError as error:
+                results.append((error.code, str(error)))
+                break
+        return results, snapshot(protocol), protocol.ack_due(), pull(protocol)
+
+    @pytest.mark.parametrize("message", [*ONE_OF_EACH, b""], ids=lambda message: type(message).__name__)
+    @pytest.mark.parametrize("name", SCENES)
+    def test_every_message_in_every_state(self, name: str, message: Message | bytes) -> None:
+        scene = SCENES[name][0]
+        data = wire(scene(), message)
+        assert self.outcome(scene(), quickly, data) == self.outcome(scene(), receive, data)
+
+    @pytest.mark.parametrize("side", ["client", "server"])
+    @pytest.mark.parametrize("length", [1, 125])
+    def test_it_is_taken(self, side: Side, length: int) -> None:
+        protocol = busy(side, "forward", answered=True)
+        payload = protocol.receive_data(memoryview(wire(protocol, b"x" * length)))
+        assert payload is not None
+        assert bytes(payload) == b"x" * length
+        assert protocol.stream is not None
+        assert protocol.stream.inbound.received == length
+
+    @pytest.mark.parametrize("name", [name for name, (_, events, _) in SCENES.items() if bytes not in events])
+    def test_not_where_no_data_may_come(self, name: str) -> None:
+        protocol = SCENES[name][0]()
+        assert protocol.receive_data(memoryview(wire(protocol, b"x"))) is None
+
+    def test_not_after_our_close_frame(self) -> None:
+        protocol = busy("server", "forward", answered=True)
+        protocol.close(1000)
+        assert protocol.receive_data(memoryview(wire(protocol, b"x"))) is None
+        assert feed(protocol, b"x") == []
+
+    @pytest.mark.parametrize("side", ["client", "server"])
+    def test_its_errors(self, side: Side) -> None:
+        def end(*, ended: bool) -> LinkProtocol:
+            protocol = new_link(side)
+            open_stream(protocol, window=3)
+            if ended:
+                feed(protocol, Eof(n=protocol.n, total=0))
+            return protocol
+
+        for ended, said in ((False, "data up to 4 passes the limit 3"), (True, "data after eof at 0")):
+            data = wire(end(ended=ended), b"four")
+            with pytest.raises(ProtocolError, match=said):
+                end(ended=ended).receive_data(memoryview(data))
+            assert self.outcome(end(ended=ended), quickly, data) == self.outcome(end(ended=ended), receive, data)
+
+    @given(
+        st.sampled_from(["client", "server"]),
+        st.lists(
+            st.one_of(
+                st.binary(max_size=130), st.sampled_from([Ping(number=7), Ack(n=SECOND, consumed=3, limit=2000)])
+            ),
+            min_size=1,
+            max_size=6,
+        ),
+        st.data(),
+    )
+    @reproducible
+    def test_any_traffic_in_any_split(self, side: Side, items: list[Message | bytes], data: st.DataObject) -> None:
+        """Frames that are cut, joined, or alone: what begins in one way may end in the other."""
+        stream = wire(busy(side, "forward", answered=True), *items)
+        frames = [len(wire(busy(side, "forward", answered=True), *items[:count])) for count in range(len(items))]
+        cuts = data.draw(st.sets(st.one_of(st.sampled_from(frames), st.integers(0, len(stream)))))
+        ends = sorted(cuts | {0, len(stream)})
+        pieces = [stream[start:stop] for start, stop in pairwise(ends)]
+        left, right = (busy(side, "forward", answered=True) for _ in range(2))
+        assert self.outcome(left, quickly, *pieces) == self.outcome(right, receive, *pieces)
+
+    def test_when_an_ack_is_due(self) -> None:
+        protocol = new_link("server")
+        assert not protocol.ack_due(), "no stream"
+        open_stream(protocol, window=400)
+        data = wire(protocol, bytes(50))
+        assert quickly(protocol, data) == [bytes(50)]
+        assert not protocol.ack_due()
+        assert pull(protocol) == []
+        assert quickly(protocol, data) == [bytes(50)]
+        assert protocol.ack_due(), "a quarter of the window"
+        assert [type(item) for item in pull(protocol)] == [Ack]
+        assert not protocol.ack_due()
+
+
+class TestDrained:
+    """It spares whoever writes the pull that would find nothing; `pull` above asserts that nothing would."""
+
+    def test_when_the_last_byte_is_out(self) -> None:
+        protocol = new_link("server")
+        stream = open_stream(protocol)
+        stream.outbound.append(bytes(10))
+        assert pull_once(protocol, 6) == [bytes(6)]
+        assert not protocol.drained
+        assert pull_once(protocol, 6) == [bytes(4)]
+        assert protocol.drained
+
+    def test_control_messages_alone(self) -> None:
+        protocol = new_link("server")
+        protocol.send(Ping(number=1))
+        assert pull_once(protocol) == [Ping(number=1)]
+        assert protocol.drained
+
+    def test_it_is_told_anew_each_time(self) -> None:
+        protocol = new_link("server")
+        stream = open_stream(protocol)
+        stream.outbound.append(bytes(10))
+        pull_once(protocol, 6)
+        feed(protocol, Reset(n=protocol.n, code="reset"))
+        assert pull_once(protocol) == [Reset(n=1, code="reset")]
+        assert protocol.drained, "the rest went with the stream"
+
+    def test_an_end_and_a_reset_go_in_the_pull_that_empties_it(self) -> None:
+        for reset in (False, True):
+            protocol = new_link("server")
+            stream = open_stream(protocol)
+            stream.outbound.append(bytes(10))
+            if reset:
+                ask_reset(protocol)
+            else:
+                stream.outbound.end()
+            assert pull_once(protocol, 10)[1:] == [
+                Reset(n=1, code="reset", message="why") if reset else Eof(n=1, total=10)
+            ]
+            assert protocol.drained
 
 
 class TestReset:

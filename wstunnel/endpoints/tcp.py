@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 
-from wstunnel import logs, sockets
+from wstunnel import logs
 from wstunnel.errors import LocalError
 from wstunnel.reactor import READ, Handler, Reactor
 from wstunnel.targets import join_host_port
@@ -193,9 +193,9 @@ class Listener(Handler):
             try:
                 self._accepted(sock)
             except Exception:
-                # That connection only: the next one may fare better, and has not done anything wrong.
+                # That connection only: the next one has not done anything wrong. It is not ours to close: somebody may
+                # have taken it over before the fault.
                 _log.exception("fault in our own code", address=local_name(listener))
-                sockets.reset(sock)
         self._told = False
 
     def _pause(self, error: OSError) -> None:

@@ -2,7 +2,8 @@
 
 A window grows as TCP's receive buffer does: when a whole window was consumed within four minimum round trips, it was
 the window that held the sender back. Not two: where packets are lost, each window waits a round trip or two for what is
-sent again, and would never grow, which at 80 ms and 1 % loss cost five sixths of the throughput. What was granted is never taken away: limits only rise.
+sent again, and would never grow, which at 80 ms and 1 % loss cost five sixths of the throughput. What was granted is
+never taken away: limits only rise.
 """
 
 from __future__ import annotations
