@@ -427,14 +427,15 @@ class TestOpen:
         assert Opened(n=1, address="10.0.0.5:5432") in answers
         assert bytes(far.incoming.arrived) == b"early"
 
-    async def test_a_fault_of_ours_after_the_dial_is_that_streams_end(
-        self, make_world: Make, monkeypatch: pytest.MonkeyPatch, lines: LogLines
+    @pytest.mark.parametrize("where", ["connected", "begin_dial", "dial_target"])
+    async def test_a_fault_of_ours_in_the_dial_or_after_it_is_that_streams_end(
+        self, make_world: Make, monkeypatch: pytest.MonkeyPatch, lines: LogLines, where: str
     ) -> None:
-        def fault(*_: object) -> None:
+        def fault(*_: object, **__: object) -> None:
             raise KeyError("a fault")
 
         world = make_world()
-        monkeypatch.setattr(Stream, "connected", fault)
+        monkeypatch.setattr(Stream if where == "connected" else server_module, where, fault)
         peer = Peer(world)
         answers = await peer.send(hello(), opening(1))
         assert Reset(n=1, code="internal", message="internal error: KeyError") in answers

@@ -81,6 +81,8 @@ async def run(
         await _serve(config, session, listening, shutdown, task_status)
     finally:
         session.drop_waiting()
+        for sock, _ in listening:  # those that the reactor had not taken over
+            sock.close()
 
 
 async def _serve(

@@ -28,6 +28,8 @@ NOTSENT_LOWAT = 512 * 1024
 less the kernel takes large ones in parts, and the rest is copied."""
 SHORT_BYTES = 131
 """A read of no more may be one data frame of fewer than 126 bytes: most are, on an interactive stream."""
+RECORD_BYTES = 16 * limits.KIB
+"""RFC 8446 §5.1: most plaintext in a TLS record."""
 UNGREETED_SECONDS = 1.0
 """When to look again at a link that fell silent before the greeting: it cannot be asked, the sweep ends it."""
 
@@ -166,7 +168,11 @@ class Link(Handler):
         return size
 
     def _read_tls(self) -> int:
-        """Read records until OpenSSL has no more: it holds decrypted bytes that no selector sees."""
+        """Read records until OpenSSL has no more: it holds decrypted bytes that no selector sees.
+
+        What is still encrypted is the kernel's: OpenSSL, which does not read ahead unless told to, takes a record only
+        when it is asked for its bytes.
+        """
         assert self.sock is not None
         scratch = self.reactor.scratch
         filled = 0
@@ -178,6 +184,10 @@ class Link(Handler):
                 if not size:
                     break
                 filled += size
+                if size < RECORD_BYTES and not self.sock.pending():  # type: ignore[attr-defined]  # an SSLSocket's
+                    # Not bulk, and nothing is left inside OpenSSL. To ask for more would mostly be answered by an
+                    # exception, which costs as much as the rest of a small message.
+                    return filled
             # Full: there may be more inside OpenSSL. At the end of the stream: the next read tells it again.
             self.reactor.again(self)
         except ssl.SSLWantReadError:

@@ -267,7 +267,7 @@ class Server:
             return  # it was reset in the same read: nobody wants the target any more
         try:
             begun = begin_dial(target, self.policy)
-        except StreamError as error:
+        except Exception as error:
             _refuse_target(stream, error)
             return
         if begun is not None and begun.done:
@@ -282,7 +282,7 @@ class Server:
         with scope:
             try:
                 sock, address = await dial_target(target, self.policy, limiter=self.limiter(principal), begun=begun)
-            except StreamError as error:
+            except Exception as error:
                 _refuse_target(stream, error)
                 return
             self._connected(stream, sock, address)
@@ -343,7 +343,11 @@ class Server:
         self._check_gone()
 
 
-def _refuse_target(stream: Stream, error: StreamError) -> None:
+def _refuse_target(stream: Stream, error: Exception) -> None:
+    """The dial failed: for a reason that the client is told, or by our own fault, which ends this stream only."""
+    if not isinstance(error, StreamError):
+        stream.fail(error)
+        return
     stream.note = " ".join(getattr(error, "__notes__", ()))
     stream.reset(error.code, str(error))
 
@@ -398,6 +402,22 @@ async def run(
             listener.close()
         raise
     _warn_plain(config, addresses)
+    try:
+        await _serve(config, listeners, context, available=available, shutdown=shutdown, task_status=task_status)
+    finally:
+        for listener in listeners:  # those that the reactor had not taken over
+            listener.close()
+
+
+async def _serve(
+    config: ServerConfig,
+    listeners: list[socket.socket],
+    context: ssl.SSLContext | None,
+    *,
+    available: int,
+    shutdown: trio.Event,
+    task_status: trio.TaskStatus[list[str]],
+) -> None:
     async with trio.open_nursery() as nursery:
         reactor = make_reactor()
         await nursery.start(reactor.run)

@@ -62,8 +62,9 @@ class TrioLoop(trio.abc.Instrument):
     async def step_aside(self, *, idle: bool) -> None:
         """Let all other tasks run that can. `idle`: the caller found nothing to do."""
         if idle and self._runner.waiting_for_idle:
-            # `trio.testing.wait_all_tasks_blocked` must see the caller blocked, in Trio.
-            await trio.sleep(ASIDE_SECONDS)
+            # `trio.testing.wait_all_tasks_blocked` must see the caller blocked, in Trio, for its longest cushion.
+            cushion: float = self._runner.waiting_for_idle.keys()[-1][0]
+            await trio.sleep(cushion + ASIDE_SECONDS)
         else:
             await trio.lowlevel.checkpoint()
 

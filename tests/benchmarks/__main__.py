@@ -203,6 +203,12 @@ def document(run: Run, chosen: argparse.Namespace, arguments: Sequence[str]) -> 
     }
 
 
+def _leave(number: int, _: object) -> None:
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)  # not another time while everything is put away
+    sys.exit(128 + number)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run it all. Returns 1 if anything failed, else 0."""
     chosen = options(arguments)
@@ -222,5 +228,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: every process that was started ends
+    for number in (signal.SIGTERM, signal.SIGHUP):  # in order: every process that was started ends
+        signal.signal(number, _leave)
     sys.exit(main(sys.argv[1:]))

@@ -181,6 +181,8 @@ class Program:
             with contextlib.suppress(*GONE):
                 text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
                 kilobytes += int(text.partition("Rss:")[2].split()[0])
+        if not kilobytes:
+            raise TunnelError(f"no process of {self.pid} is left")
         return kilobytes * 1024
 
 
