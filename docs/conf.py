@@ -11,7 +11,7 @@ copyright = "The wstunnel developers. Apache-2.0"  # noqa: A001  # Sphinx's name
 release = re.findall(r'^__version__ = "(.+)"$', _INIT.read_text(encoding="utf-8"), re.MULTILINE)[0]
 
 extensions = ["myst_parser"]
-exclude_patterns = ["_build", "changelog.d"]
+exclude_patterns = ["_build", "changelog.d", "benchmarks/results.md"]
 nitpicky = True
 myst_heading_anchors = 4
 

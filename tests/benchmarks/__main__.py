@@ -149,6 +149,8 @@ class Run:
                     self._verify(bench)
                 self.figures.take(number, name, probe.measure(bench))
             except FAILURES as error:
+                if _asked_to_leave:  # what ends then fails, and must not hide why
+                    sys.exit(128 + _asked_to_leave[0])
                 self.figures.fail(number, name, probe, str(error))
                 tunnels.forget(name)
 
@@ -203,7 +205,12 @@ def document(run: Run, chosen: argparse.Namespace, arguments: Sequence[str]) -> 
     }
 
 
+_asked_to_leave: list[int] = []
+"""The signal that did."""
+
+
 def _leave(number: int, _: object) -> None:
+    _asked_to_leave.append(number)
     for each in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)  # not another time while everything is put away
     sys.exit(128 + number)
