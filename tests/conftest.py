@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,13 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
-def through_trio(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def through_trio(request: pytest.FixtureRequest) -> Iterator[None]:
     """Reactors wait through Trio, as they do where its loop is not known: tests say when by waiting until all tasks are
     blocked. Real processes and `test_trio_loop.py` (marker `in_place`) wait in Trio's place.
     """
-    if request.node.get_closest_marker("in_place") is None:
 
-        async def find() -> None:
-            """There is none."""
+    async def find() -> None:
+        """There is none."""
 
-        monkeypatch.setattr("wstunnel.trio_loop.find", find)
+    # Not the fixture `monkeypatch`: asked for by every test, it would be undone after all other fixtures' ends.
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("in_place") is None:
+            patch.setattr("wstunnel.trio_loop.find", find)
+        yield

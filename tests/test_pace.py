@@ -27,10 +27,10 @@ def test_begins_small() -> None:
 def test_doubles_with_every_full_frame_that_is_taken_at_once() -> None:
     pace = Pace()
     seen = []
-    for _ in range(6):
+    for _ in range(7):
         seen.append(pace.frame)
         pace.took(pace.frame)
-    assert seen == [16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 256 * KIB]
+    assert seen == [16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 512 * KIB]
     assert pace.frame == FRAME_BYTES
 
 
