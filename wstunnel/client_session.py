@@ -221,8 +221,6 @@ class ClientSession(Session):
             # hello, open and early data go out in one write. Not before a first `welcome`: if this link is cut, only
             # the server's boot id tells whether the stream may be opened again.
             self._use(link)
-            if link.stream is not None:
-                link.stream.read_early()
         link.start(self.reactor, sock, leftover)
 
     def _use(self, link: Link) -> None:
@@ -235,7 +233,10 @@ class ClientSession(Session):
         elif self._waiting:
             waiting = self._waiting.popleft()
             stream = self._open(link, waiting.sock, waiting.forward, waiting.peer)
-            self.reactor.later(partial(self._send_early, stream))  # not now: `link` may be in the middle of a read
+            if link.sock is None:
+                stream.read_early()  # the link's start sends it
+            else:
+                self.reactor.later(partial(self._send_early, stream))  # not now: `link` may be in the middle of a read
         elif link not in self._idle:
             self._idle.append(link)
 

@@ -89,6 +89,10 @@ class Begun:
         """As `10.0.0.5:5432` or `[::1]:22`."""
         return join_host_port(self.sockaddr[0], self.sockaddr[1])
 
+    async def connect(self, _family: socket.AddressFamily, _sockaddr: SocketAddress) -> socket.socket:
+        """`connect_socket`, for whoever would begin the same attempt."""
+        return await self.finish()
+
     async def finish(self) -> socket.socket:
         """Wait until it is connected; see `connect_socket`."""
         sock = self.sock
@@ -203,16 +207,11 @@ async def dial_target(
         StreamError: with a reset code and a message for the client. For `forbidden` the note (`__notes__`) has the
             reason in full, for the server's log only.
     """
+    if begun is not None:
+        connect = begun.connect
+    family = _permitted_family(target, policy)
     failures: list[OSError] = []
     with trio.move_on_after(limits.DIAL_SECONDS) as scope:
-        if begun is not None:
-            try:
-                return await begun.finish(), begun.address
-            except OSError as error:
-                failures.append(error)
-                code, message = _summary(failures, scope)
-                raise StreamError(code, f"cannot connect to {target}: {message}") from error
-        family = _permitted_family(target, policy)
         try:
             addresses = await _addresses(target.host, target.port, limiter, resolve)
         except OSError as error:

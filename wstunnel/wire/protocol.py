@@ -184,7 +184,7 @@ class LinkProtocol:
         None means that nothing was decoded: call `receive`. It may raise the same errors.
         """
         stream = self.stream
-        if self.state is not _BUSY or self.close_sent or not (stream.opened or stream.egress):  # type: ignore[union-attr]
+        if self.state is not _BUSY or not (stream.opened or stream.egress):  # type: ignore[union-attr]
             return None
         payload = self._decoder.whole(data)
         if payload:
