@@ -136,10 +136,11 @@ class MemoryReactor:
     def spent() -> float:
         return 0.0
 
-    def adopt(self, handler: Handler, sock: Any, mask: int = READ) -> None:
+    def adopt(self, handler: Handler, sock: Any, mask: int = READ, *, look: bool = True) -> None:
         handler.sock, handler.fd, handler.mask, handler.reactor = sock, sock.fileno(), mask, self  # type: ignore[assignment]
         self.handlers[handler] = None
-        self._again[handler] = None
+        if look:
+            self._again[handler] = None
 
     def want(self, handler: Handler, mask: int) -> None:
         if handler.sock is not None and mask != handler.mask:

@@ -27,8 +27,9 @@ from wstunnel.pace import FRAME_SECONDS
 from wstunnel.reactor import READ, WRITE, make_reactor
 from wstunnel.session import Principal, Session
 from wstunnel.stream import Stream
+from wstunnel.wire import messages
 from wstunnel.wire.credit import Budget
-from wstunnel.wire.frames import MaskKeys, Opcode, encode_frame
+from wstunnel.wire.frames import MaskKeys, Opcode, encode_frame, encode_pair
 from wstunnel.wire.messages import (
     VERSION,
     Ack,
@@ -558,7 +559,7 @@ class TestMessages:
         wire.run()
         (closed,) = wire.got
         assert closed.code == 1002
-        assert "need while idle" in closed.reason
+        assert closed.reason == "need not from a server on its control link"
 
     def test_one_that_the_role_does_not_expect_is_1002(self):
         wire = Wire()
@@ -844,20 +845,75 @@ class TestLife:
         assert wire.end.losses == []
 
     def test_pings_go_only_into_silence(self):
-        """Exactly 15 s after the last byte, not with the next sweep."""
-        wire = Wire()
-        for _ in range(3):
-            pass_time(wire, limits.PING_AFTER_SECONDS - EDGE)
-            assert wire.got == []
-            pass_time(wire, 2 * EDGE)
-            assert [type(message) for message in wire.got] == [Ping]
-            wire.run()  # answered, and the 15 s begin again
-            wire.got.clear()
+        """15 s after the last byte, at the client after 13, not with the next sweep."""
+        for side, after in (("server", limits.PING_AFTER_SECONDS), ("client", limits.CLIENT_PING_AFTER_SECONDS)):
+            wire = Wire(side)
+            for number in range(1, 4):
+                wire.reactor.advance(number * after - EDGE - wire.reactor.now)
+                wire.carry_out()
+                assert wire.got == []
+                pass_time(wire, EDGE)
+                assert [type(message) for message in wire.got] == [Ping]
+                wire.run()  # answered, and the time begins again
+                wire.got.clear()
 
     def test_an_rfc_6455_ping_goes_along_for_proxies_that_count_only_those(self):
         wire = Wire()
         wire.link.ping()
-        assert b"\x89\x00" in wire.near.outgoing.sent
+        assert wire.near.outgoing.sent == b"\x89\x00" + encode_frame(Opcode.TEXT, encode(Ping(number=1)))
+
+    def test_a_peer_that_takes_no_pings_is_closed(self):
+        wire = Wire("client")
+        wire.near.outgoing.room = 0
+        wire.link.ping()
+        for _ in range(limits.CONTROL_QUEUE_BYTES // 26 + 1):
+            wire.link.ping()
+        assert wire.link.protocol.close_sent
+        wire.near.outgoing.room = None
+        wire.run()
+        assert [event for event in wire.got if isinstance(event, PeerClosed)] == [
+            PeerClosed(1008, "too many control messages queued: the peer does not read")
+        ]
+
+    @pytest.mark.parametrize("side", ["client", "server"])
+    @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+    def test_an_exchange_of_pings_is_one_write_a_side(self, side, busy, monkeypatch):
+        """What thousands of idle links cost: no JSON, no look at the send queue, no change of what is wanted."""
+        wire = Wire(side)
+        if busy:
+            wire.open()
+        wire.run()
+        keys = MaskKeys(os.urandom) if side == "server" else None
+        writes: list[bytes] = []
+        alarms: list[float] = []
+        send, at = wire.near.send, wire.reactor.at
+        wire.near.send = lambda data: writes.append(bytes(data)) or send(data)
+        monkeypatch.setattr(wire.reactor, "at", lambda when, call: alarms.append(when) or at(when, call))
+        for module, name in ((link_module.sockets, "unsent"), (messages, "decode"), (messages, "encode")):
+            monkeypatch.setattr(module, name, lambda *_: pytest.fail("too dear"))
+        monkeypatch.setattr(wire.reactor, "want", lambda *_: pytest.fail("nothing else is wanted"))
+        wire.reactor.advance(0.0)
+        wire.put(encode_pair(Opcode.PING, b'{"type":"ping","number":7}', keys))
+        wire.turn()
+        assert len(writes) == 1
+        assert alarms == []
+        writes.clear()
+        after = limits.CLIENT_PING_AFTER_SECONDS if side == "client" else limits.PING_AFTER_SECONDS
+        wire.reactor.advance(after - EDGE)
+        alarms.clear()  # those of what opened the link
+        wire.reactor.advance(EDGE)
+        assert len(writes) == 1
+        assert len(alarms) == 1
+        wire.reactor.advance(0.5)
+        wire.put(encode_pair(Opcode.PONG, b'{"type":"pong","number":1}', keys))
+        wire.turn()
+        assert wire.link.round_trip == 0.5
+        assert len(writes) == 1
+        wire.reactor.advance(1.0)  # the look at an answer that has come
+        assert len(alarms) == 2
+        monkeypatch.undo()
+        wire.carry_out()
+        assert [message for message in wire.got if isinstance(message, Ping | Pong)] == [Pong(number=7), Ping(number=1)]
 
     def test_a_reset_that_is_not_answered_closes_the_link(self):
         wire = Wire()
@@ -972,6 +1028,29 @@ class TestLiveness:
         pass_time(wire, 2 * EDGE)
         assert wire.end.losses == ["no answer for 40 s"]
 
+    def test_a_full_connection_whose_queue_stands_still_is_dead_in_time_though_nothing_is_awaited(self, monkeypatch):
+        wire = Wire()
+        wire.near.outgoing.room = 0
+        wire.put(encode_frame(Opcode.PING, b"", key=wire.key))
+        wire.turn()
+        assert wire.link.blocked
+        monkeypatch.setattr(link_module.sockets, "unsent", lambda _sock: 500_000)
+        pass_time(wire, limits.PING_AFTER_SECONDS + limits.PONG_WITHIN_SECONDS)
+        assert wire.end.losses == ["no answer for 25 s"]
+
+    def test_an_alarm_that_comes_before_anything_is_due_does_not_look_at_the_queue(self, monkeypatch):
+        wire = Wire()
+        _stream, application = wire.open()
+        wire.reactor.advance(limits.PING_AFTER_SECONDS - 1.0)
+        wire.put(b"\x8a\x80\1\2\3\4")
+        wire.turn()
+        write(application, b"x")
+        wire.turn()
+        looks: list[float] = []
+        monkeypatch.setattr(link_module.sockets, "unsent", lambda _sock: looks.append(wire.reactor.now))
+        pass_time(wire, STALL_SECONDS)
+        assert looks == [limits.PING_AFTER_SECONDS - 1.0 + STALL_SECONDS]
+
     @pytest.mark.parametrize("tls", [False, True])
     @pytest.mark.parametrize("size", [1, 4096], ids=["one-write", "gathered"])
     def test_data_behind_a_blocked_frame_is_not_in_flight(self, size, tls):
@@ -1080,7 +1159,8 @@ class TestLiveness:
         def broken(*_arguments: object) -> None:
             raise ValueError("our bug")
 
-        monkeypatch.setattr(link_module.sockets, "unsent", lambda sock: broken() if sock is wire.near else None)
+        ping = Link.ping
+        monkeypatch.setattr(Link, "ping", lambda link: broken() if link is wire.link else ping(link))
         wire.reactor.advance(limits.PING_AFTER_SECONDS)
         assert end.losses == ["internal error: ValueError('our bug')"]
         assert end.links == {other.link}

@@ -78,9 +78,9 @@ TIMELINES = {
     "idle": (Link(), [(15, PING), (25, DEAD)]),
     "idle, the peer answers": (
         Link([(15.1, "received"), (30.2, "received")]),
-        [(15, PING), (30.1, PING), (45.2, PING), (55.2, DEAD)],
+        [(15, PING), (30, PING), (45, PING), (55, DEAD)],  # at whole ticks of 0.25 s, early rather than late
     ),
-    "any byte answers, also the last moment": (Link([(24.9, "received")]), [(15, PING), (39.9, PING), (49.9, DEAD)]),
+    "any byte answers, also the last moment": (Link([(24.9, "received")]), [(15, PING), (39.75, PING), (49.75, DEAD)]),
     "data in a black hole": (Link([(0, "sent")]), [(3, STALLED), (8, DEAD)]),
     "the first of the data counts": (
         Link([(0.5, "sent"), (1, "sent"), (2.9, "sent"), (3, "sent")]),
@@ -120,8 +120,8 @@ TIMELINES = {
         [(15, PING), (31, PING), (45, DEAD)],
     ),
     "falls before and after the ping is taken": (
-        Link(taken_after=0.3, queue=lambda seconds: 9 - (seconds > 15.7) - (seconds > 16.1)),  # one look, at 16.3
-        [(15, PING), (26.3, DEAD)],
+        Link(taken_after=0.3, queue=lambda seconds: 9 - (seconds > 15.7) - (seconds > 16.1)),  # one look, at 16.25
+        [(15, PING), (26.25, DEAD)],
     ),
     "an old ping that is taken when nothing is outstanding": (
         Link([(16, "received"), (17, "pinged")], taken_after=None, queue=lambda _: 9),
@@ -203,6 +203,46 @@ TIMELINES = {
 def test_timeline(name: str) -> None:
     link, expected = TIMELINES[name]
     assert link.run() == expected
+
+
+def test_the_client_asks_while_the_server_still_waits() -> None:
+    """With a round trip of a second, which only puts off what the server would ask: it never does."""
+    client = Liveness(START, limits.CLIENT_PING_AFTER_SECONDS)
+    server = Liveness(START + 1.0)
+    now = START + 1.0
+    for _ in range(20):
+        now = client.due(0.0)
+        assert client.check(now, 0.0, EMPTY, 0.0) is Verdict.PING
+        client.pinged(now)
+        assert server.due(0.0) > now + 0.5
+        server.received(now + 0.5)
+        client.received(now + 1.0)
+
+
+@given(st.floats(0.0, 1e6), st.sampled_from([limits.PING_AFTER_SECONDS, limits.CLIENT_PING_AFTER_SECONDS]))
+def test_silence_is_asked_about_at_a_whole_tick_and_never_late(heard: float, ping_after: float) -> None:
+    link = Liveness(heard, ping_after)
+    due = link.due(0.0)
+    assert due % liveness.TICK_SECONDS == 0
+    assert heard + ping_after - liveness.TICK_SECONDS < due <= heard + ping_after
+    assert link.check(due - 0.001, 0.0, EMPTY, 0.0) is Verdict.FINE
+    assert link.check(due, 0.0, EMPTY, 0.0) is Verdict.PING
+    assert due + limits.PONG_WITHIN_SECONDS <= heard + 25
+
+
+def test_links_that_fell_silent_within_a_tick_are_asked_at_the_same_time() -> None:
+    assert len({Liveness(START + number / 1000).due(0.0) for number in range(250)}) == 1
+
+
+def test_quiet_until_something_is_awaited() -> None:
+    link = Liveness(START)
+    assert link.quiet
+    link.sent(START + 1)
+    assert not link.quiet
+    link.received(START + 2)
+    assert link.quiet
+    assert link.check(START + 17, 0.0, EMPTY, 0.0) is Verdict.PING
+    assert not link.quiet
 
 
 def test_a_slow_link_with_full_buffers_lives() -> None:

@@ -104,6 +104,20 @@ class CountingEpoll:
         self.epoll.modify(fd, events)
 
 
+class Spied:
+    """Passes everything on to a socket, and writes down the calls of `setblocking`."""
+
+    def __init__(self, sock: socket.socket, calls: list[bool]) -> None:
+        self.sock, self.calls = sock, calls
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.sock, name)
+
+    def setblocking(self, flag: bool) -> None:
+        self.calls.append(flag)
+        self.sock.setblocking(flag)
+
+
 @pytest.fixture(params=[EPOLL, TASK])
 def driver(request: pytest.FixtureRequest) -> type[Reactor]:
     return request.param
@@ -174,6 +188,31 @@ class TestAdopt:
         assert handler.log == [], "adopt must not call back before it returns"
         await settle()
         assert handler.log == ["it readable"]
+
+    async def test_without_a_look_only_the_selector_says_when(self, reactor, pair):
+        idle, early, late = Recorder("idle"), Recorder("early"), Recorder("late")
+        (near, far), (second, second_far) = pair(), pair()
+        far.send(b"before")
+        early.read, late.read = early.drain, late.drain
+        reactor.adopt(idle, pair()[0], look=False)
+        reactor.adopt(early, near, look=False)
+        reactor.adopt(late, second, 0, look=False)
+        reactor.want(late, READ)
+        await settle()
+        assert (idle.log, early.log, late.log) == ([], ["early readable"], [])
+        second_far.send(b"after")
+        await settle()
+        assert (idle.log, late.log) == ([], ["late readable"])
+
+    async def test_a_socket_that_does_not_block_is_not_told_again(self, reactor, pair):
+        for seconds, told in ((None, 1), (5.0, 1), (0.0, 0)):
+            near = pair()[0]
+            near.settimeout(seconds)
+            calls = []
+            sock = Spied(near, calls)
+            reactor.adopt(Recorder(), sock)
+            assert len(calls) == told
+            assert not os.get_blocking(near.fileno())
 
     async def test_without_read_it_waits_until_read_is_wanted(self, reactor, pair):
         handler = Recorder()

@@ -12,6 +12,7 @@ from tests.memory import MemoryReactor, MemorySocket
 from tests.test_link import HELLO, SESSION, End, Wire, close_write, hang_up, identify, read, write
 from wstunnel import limits, logs
 from wstunnel.link import Link
+from wstunnel.reverse_server import Places
 from wstunnel.server_session import ServerSession
 from wstunnel.session import HALF_CLOSED_SWEEPS, Principal, Session
 from wstunnel.wire.credit import Budget
@@ -300,6 +301,28 @@ class TestBudgets:
         assert streams[0].outcome is None
         assert streams[1].outcome == ("limit", "too much memory is held: the largest stream is reset")
 
+    @pytest.mark.parametrize(("held", "goes"), [(501, "connection"), (500, "stream")])
+    def test_a_plain_connection_that_holds_more_than_any_stream_goes_first(self, held: int, goes: str):
+        wire = Wire(end=End(MemoryReactor(), capacity=1000))
+        principal = wire.end.principal
+        stream, _application = wire.open(room=0)
+        wire.state.outbound.append(bytes(500))
+        wire.run()
+
+        class Plain:
+            def __init__(self) -> None:
+                self.held = held
+
+            def give_up(self) -> None:
+                principal.budget.charge(-self.held)
+                self.held = 0
+
+        plain = Plain()
+        principal.plain[plain] = None
+        principal.budget.charge(held)
+        principal.relieve()
+        assert (plain.held, stream.reason is not None) == ((0, False) if goes == "connection" else (500, True))
+
     def test_relief_is_asked_for_once(self):
         wire = Wire(end=End(MemoryReactor(), capacity=10))
         wire.open(room=0)
@@ -318,7 +341,10 @@ class TestBudgets:
         reactor = MemoryReactor()
         principal = Principal("someone", Budget(1 << 30), {})
         principal.budget.charge(int(principal.budget.capacity * 0.75))
-        server = SimpleNamespace(reactor=reactor, share=lambda most: most, max_resume_window=0)
+        server = SimpleNamespace(
+            reactor=reactor, share=lambda most: most, max_resume_window=0, udp_timeout=60,
+            places=Places((), most=1), drop_oldest=None, negotiate=lambda *_: None,
+        )  # fmt: skip
         session = ServerSession(SESSION, principal, server, HELLO)
         wire = Wire()
         wire.link.owner = session

@@ -104,7 +104,7 @@ class TestStart:
         (stream,) = wire.end.accepted
         _application, local = MemorySocket.pair()
 
-        def refuse(handler: object, sock: object) -> None:
+        def refuse(handler: object, sock: object, *, look: bool) -> None:
             raise LocalError("cannot wait for descriptor 7")
 
         monkeypatch.setattr(wire.reactor, "adopt", refuse)

@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
@@ -282,6 +283,47 @@ class TestHandshake:
                 nursery.start_soon(dialling.handshake)
         assert waited
         shut((accepting, dialling))
+
+
+class TestSkim:
+    """What comes before TLS, such as a PROXY header."""
+
+    @pytest.mark.parametrize("pair", [unix_pair, tcp_pair])
+    async def test_what_is_not_taken_is_left_to_tls(self, contexts: Contexts, pair: Callable[[], Any]) -> None:
+        one, two = pair()
+        one.send(b"header")
+        client = Transport(one, contexts.client, server_hostname="localhost")
+        server = Transport(two, contexts.server, server_side=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.handshake)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert await server.skim(lambda data: 4 if data.startswith(b"header\x16") else 0)
+            assert await server.skim(lambda data: 2 if data.startswith(b"er\x16") else 0)
+            await server.handshake()
+        await client.send(b"x")
+        assert await server.receive(10) == b"x"
+        client.close()
+        server.close()
+
+    async def test_the_end(self) -> None:
+        one, two = tcp_pair()
+        one.close()
+        assert not await Transport(two).skim(len)
+        two.close()
+
+    async def test_a_fault_takes_nothing(self) -> None:
+        one, two = tcp_pair()
+        transport = Transport(two)
+        one.send(b"abc")
+
+        def take(data: bytes) -> int:
+            raise ValueError("not this")
+
+        with pytest.raises(ValueError, match="not this"):
+            await transport.skim(take)
+        assert await transport.receive(10) == b"abc"
+        one.close()
+        transport.close()
 
 
 class TestCancellation:

@@ -17,7 +17,12 @@ HANDSHAKES = 1024
 HANDSHAKES_DIVISOR = 16
 """Handshakes take at most this part of the descriptors that the process may have."""
 PRINCIPAL_SHARE = 0.46
-"""Links of one principal, and as many streams, as a part of the descriptors: 92 % in all, so that others get in."""
+"""Links of one principal, and as many streams, as a part of the descriptors: 92 % in all, so that others get in.
+What waits to become a stream counts as one, and so does a socket that listens for a client."""
+REVERSE_DIVISOR = 2
+"""Streams of reverse forwards take at most this part of a principal's: strangers at a port leave its owner the rest."""
+LISTENING_DIVISOR = 16
+"""Sockets that listen for one principal take at most this part of the descriptors: a range is asked for in a word."""
 REFUSAL_BODY_BYTES = 4 * KIB
 """How much of a refusing response's body the client reads to show its first line."""
 
@@ -62,6 +67,8 @@ PRINCIPAL_STREAMS = 16384
 """Streams of one principal."""
 PRINCIPAL_LINKS = 16384
 """Links of one principal."""
+PRINCIPAL_LISTENING = 2048
+"""Sockets that listen for one principal: a range of 1,024 ports at both addresses of `*`."""
 PRINCIPAL_TOMBSTONES = 16384
 """Finished and refused ids remembered for one principal."""
 TOMBSTONES = 65536
@@ -72,6 +79,16 @@ DETACHED = 8192
 """Streams without a link in all. Each keeps a socket and what is to be sent again."""
 HALF_CLOSED_SECONDS = 3600.0
 """A half-closed stream without a byte for this long is reset."""
+
+# --- datagram flows -------------------------------------------------------------------------------------------------
+DATAGRAM_BYTES = 65507
+"""Payload of a datagram: what UDP over IPv4 can carry, 65,535 bytes less both headers."""
+DATAGRAM_QUEUE_BYTES = 64 * KIB
+"""Datagrams of one flow that wait for a link, or for the target's name to resolve; beyond it the oldest is dropped."""
+UDP_IDLE_SECONDS = 60
+"""A flow without a datagram for this long ends (`--udp-timeout`). NATs forget theirs after 30 s to some minutes."""
+LISTENER_FLOWS = 1024
+"""Flows of one socket that takes datagrams: any source makes one. Beyond it the one that was idle longest ends."""
 
 # --- time -----------------------------------------------------------------------------------------------------------
 DIAL_SECONDS = 10.0
@@ -90,6 +107,9 @@ LINGER_SECONDS = 1.0
 """After our Close or FIN: how long the other side's is awaited."""
 PING_AFTER_SECONDS = 15.0
 """Silence on a link after which a `ping` goes out. Common proxies' idle timeouts start at 30 s."""
+CLIENT_PING_AFTER_SECONDS = 13.0
+"""The same at the client. Its pings come before the server would ask, so on a link that lives only one end does; the
+server's wait is what it would be without. Two seconds apart, so that a slow path does not have both ask."""
 PONG_WITHIN_SECONDS = 10.0
 """An unanswered `ping` this old means that the link is dead."""
 SWEEP_SECONDS = 1.0

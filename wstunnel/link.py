@@ -14,11 +14,13 @@ from wstunnel.errors import LocalError, ProtocolError
 from wstunnel.liveness import STALL_SECONDS, Liveness, Verdict
 from wstunnel.pace import Pace
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
+from wstunnel.wire.datagrams import DatagramState
 from wstunnel.wire.messages import Ack, AnyMessage, Eof, Gone, Message, Opened, Ping, Pong, Reset, Resume, Resumed
 from wstunnel.wire.protocol import Buffer, LinkProtocol, PeerClosed, StreamState
 from wstunnel.wire.states import Exchange
 
 if TYPE_CHECKING:
+    from wstunnel.flow import Flow
     from wstunnel.stream import Stream
 
 FLUSH_BYTES = 1024 * 1024
@@ -65,7 +67,7 @@ class Link(Handler):
         now: monotonic seconds.
 
     Attributes:
-        stream: what it carries; stays until a reset of it was answered.
+        stream: what it carries, a stream or a datagram flow; stays until a reset of it was answered.
         round_trip: the smallest measured, in seconds; 0 until then.
         idle_since: when it last became idle.
         close_code: of the peer's close frame; None until it came.
@@ -84,7 +86,7 @@ class Link(Handler):
         self.protocol = protocol
         self.owner = owner
         self.peer = peer
-        self.stream: Stream | None = None
+        self.stream: Stream | Flow | None = None
         self.round_trip = 0.0
         self.created = self.last_received = self.idle_since = now
         self.last_id: str | None = None
@@ -96,7 +98,8 @@ class Link(Handler):
         self._close_reason = ""
         self._read_size = limits.READ_FIRST_BYTES
         self._progress_at = now
-        self._liveness = Liveness(now)
+        client = protocol.side == "client"
+        self._liveness = Liveness(now, limits.CLIENT_PING_AFTER_SECONDS if client else limits.PING_AFTER_SECONDS)
         self._write_pace = Pace()
         self._alarm_at = math.inf
         self._ping_queued = False
@@ -224,6 +227,12 @@ class Link(Handler):
                 if not self.stream.deliver(payload) or protocol.ack_due():  # type: ignore[union-attr]  # it has data
                     self.flush()
                 return  # else nothing has changed that anybody waits for
+            if len(data) <= SHORT_BYTES and (message := protocol.receive_ping(memoryview(data))) is not None:
+                if type(message) is Ping:
+                    self.flush()
+                else:
+                    self._answered(message.number)
+                return
             for event in protocol.receive(data):
                 if isinstance(event, memoryview | bytes):
                     self.stream.deliver(event)  # type: ignore[union-attr]  # data comes only while a stream is attached
@@ -253,13 +262,13 @@ class Link(Handler):
             if self.protocol.state is Exchange.IDLE:
                 self._free()
             else:
-                stream.acked()
+                stream.acked()  # type: ignore[union-attr]  # in an exchange of a flow EXPECTED lets none of these through
         elif isinstance(event, Opened):
             assert stream is not None
             stream.opened(event.address)
         elif isinstance(event, Eof):
             assert stream is not None
-            stream.ended()
+            stream.ended()  # type: ignore[union-attr]
         elif isinstance(event, Reset):
             if stream is not None:
                 stream.was_reset(event.code, event.message)
@@ -267,23 +276,27 @@ class Link(Handler):
         elif isinstance(event, Resumed):
             assert stream is not None
             self._asked_at = None
-            stream.resumed(event.opened)
+            stream.resumed(event.opened)  # type: ignore[union-attr]
             if self.protocol.state is Exchange.IDLE:
                 self._free()
         elif isinstance(event, Gone) and stream is not None:
             self._release()
-            stream.gone(event.outcome, event.code, event.message)
+            stream.gone(event.outcome, event.code, event.message)  # type: ignore[union-attr]
             self.owner.idle(self)
         elif isinstance(event, Pong):
-            if self._ping_at is not None and event.number == self._ping_number:
-                self.measure(self._ping_at)
-                self._ping_at = None
+            self._answered(event.number)
         elif isinstance(event, PeerClosed):
             self.close_code, self._close_reason = event.code, event.reason
             self._closing_at = self.reactor.now + limits.LINGER_SECONDS
             self._detach(f"link closed by the peer: {event.code} {event.reason}".rstrip())
         elif not isinstance(event, Ping):
             self.owner.message(self, event)
+
+    def _answered(self, number: int) -> None:
+        """`pong` came."""
+        if self._ping_at is not None and number == self._ping_number:
+            self.measure(self._ping_at)
+            self._ping_at = None
 
     def measure(self, since: float) -> None:
         """Something sent at `since` (monotonic seconds) was answered now: a round trip."""
@@ -439,7 +452,7 @@ class Link(Handler):
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    def attach(self, stream: Stream) -> None:
+    def attach(self, stream: Stream | Flow) -> None:
         """The link carries `stream` now; the protocol's exchange has begun or begins next."""
         self.stream = stream
         stream.link = self
@@ -453,7 +466,7 @@ class Link(Handler):
             stream.finished()
         self.owner.idle(self)
 
-    def _release(self) -> Stream | None:
+    def _release(self) -> Stream | Flow | None:
         """The link carries nothing any more. Returns what it carried."""
         stream, self.stream = self.stream, None
         self._asked_at = None
@@ -477,10 +490,10 @@ class Link(Handler):
         else:
             self.flush()
 
-    def open(self, state: StreamState, *, target: str, peer: str) -> None:
+    def open(self, state: StreamState | DatagramState, *, target: str, peer: str, forward: str = "") -> None:
         """Begin an exchange on this idle link; goes out with the next flush."""
         try:
-            self.protocol.open(state, target=target, peer=peer)
+            self.protocol.open(state, target=target, peer=peer, forward=forward)
         except ProtocolError as error:
             self.close(error.code, str(error))
 
@@ -510,7 +523,7 @@ class Link(Handler):
         stream, self.stream = self.stream, None
         if stream is not None:
             stream.link = None
-            stream.state.link_lost()
+            stream.state.link_lost()  # type: ignore[union-attr]  # a flow goes on nowhere
         self.close(1000, reason)
 
     def opened(self, address: str) -> None:
@@ -525,8 +538,12 @@ class Link(Handler):
         self._ping_number += 1
         self._ping_at = self.reactor.now
         self._ping_queued = True
-        self.protocol.websocket_ping()
-        self.send(Ping(number=self._ping_number))
+        try:
+            self.protocol.ping(self._ping_number)
+        except ProtocolError as error:
+            self.close(error.code, str(error))
+        else:
+            self.flush()
 
     def sweep(self, now: float) -> None:
         """Once a second: deadlines that need not be exact."""
@@ -554,6 +571,11 @@ class Link(Handler):
         if now < self._alarm_at or self.sock is None or self._closing_at is not None:
             return
         late, self._alarm_at = now - self._alarm_at, math.inf
+        due = self._liveness.due(self.round_trip)
+        if due > now:  # something came meanwhile
+            self._alarm_at = due
+            self.reactor.at(due, self._look)
+            return
         try:
             if self._ping_at is not None:
                 self.on_readable()  # what came in time counts, though nobody had the time to read it
@@ -568,7 +590,7 @@ class Link(Handler):
             self.reactor.at(self._alarm_at, self._look)
             return
         assert self.sock is not None
-        unsent = sockets.unsent(self.sock)
+        unsent = 0 if self._liveness.quiet and self._pending is None else sockets.unsent(self.sock)
         verdict = self._liveness.check(now, self.round_trip, unsent, late)
         if verdict is Verdict.DEAD:
             self.lose(f"no answer for {now - self.last_received:.0f} s", silent=True)
@@ -578,6 +600,10 @@ class Link(Handler):
         if verdict is Verdict.STALLED:
             self.owner.stalled(self)
         self._arm()
+
+    def leave_alone(self, seconds: float) -> None:
+        """Ask the peer only after so long a silence: it measures the path, see `Hello`."""
+        self._liveness.leave_alone(seconds)  # an alarm that comes too early does nothing
 
     @property
     def stalled(self) -> bool:

@@ -2,7 +2,7 @@
 
 Any byte that was received proves that a link lives. A link that is silent is asked with a `ping`:
 
-    idle       a byte ... 15 s ... PING ............... 10 s ... DEAD
+    idle       a byte ... 15 s ... PING ............... 10 s ... DEAD      (13 s at the client, so that one end asks)
     data       a byte, data sent ... 3 s ... STALLED ... 5 s ... DEAD
 
 A ping that waits in a long queue is not late, so its clock starts when the kernel took it, and stops while the send
@@ -30,6 +30,9 @@ STALL_ANSWER_SECONDS = 5.0
 dialled for nothing costs little, a stream that is moved for nothing costs a replay; hence the longer part is here."""
 LOOK_SECONDS = 1.0
 """How often the send queue is looked at while a ping is unanswered."""
+TICK_SECONDS = 0.25
+"""Silence is asked about at whole ticks of the clock, so up to this much early: thousands of idle links then wake the
+process, and its peer, for many of them at once, which is most of what a `ping` costs."""
 LATE_SECONDS = 1.0
 """A check that comes this late says more about this machine than about the peer."""
 GAP_SECONDS = 5.0
@@ -57,11 +60,13 @@ class Liveness:
 
     Args:
         now: the link counts as heard now.
+        ping_after: seconds of silence after which PING is due, or up to TICK_SECONDS before.
     """
 
-    __slots__ = ("_asked", "_heard", "_looked", "_queue", "_since", "_taken", "_unanswered", "_woken")
+    __slots__ = ("_asked", "_heard", "_looked", "_ping_after", "_queue", "_since", "_taken", "_unanswered", "_woken")
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, ping_after: float = limits.PING_AFTER_SECONDS) -> None:
+        self._ping_after = ping_after
         self._heard = now  # the last byte
         self._unanswered: float | None = None  # the first `sent` since
         self._asked: Verdict | None = None  # why a ping is outstanding: PING, or STALLED which outlasts it
@@ -103,10 +108,19 @@ class Liveness:
         self._asked = None
         self._woken = True
 
+    def leave_alone(self, seconds: float) -> None:
+        """PING is due only after so long a silence: the peer asked for it. It may come up to TICK_SECONDS early."""
+        self._ping_after = seconds
+
     @property
     def stalled(self) -> bool:
         """Whether data was not answered for long, and nothing came since."""
         return self._asked is Verdict.STALLED
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is awaited: no answer to data, none to a ping. Then `check` need not know the send queue."""
+        return self._asked is None and self._unanswered is None
 
     def due(self, round_trip: float) -> float:
         """When to call `check` next, if nothing is reported until then. After `woke` that is at once.
@@ -120,9 +134,9 @@ class Liveness:
         if self._woken:
             return self._heard
         if self._asked is None:
-            due = self._heard + limits.PING_AFTER_SECONDS
+            due = _tick(self._heard + self._ping_after)
         else:
-            due = min(self._looked + LOOK_SECONDS, self._end())
+            due = min(_tick(self._looked + LOOK_SECONDS), self._end())
         return min(due, self._stall(round_trip))
 
     def check(self, now: float, round_trip: float, unsent: int | None, late: float) -> Verdict:
@@ -133,7 +147,8 @@ class Liveness:
         Args:
             now: the time.
             round_trip: seconds; 0.0 while unknown.
-            unsent: bytes in the send queue (`sockets.unsent`); None where that cannot be known.
+            unsent: bytes in the send queue (`sockets.unsent`); None where that cannot be known. 0 will do while the
+                link is `quiet`: what may be in it then does not fill it.
             late: seconds since the time that `due` said.
         """
         if self._woken:
@@ -148,7 +163,7 @@ class Liveness:
                 return Verdict.PING
         if now >= self._stall(round_trip):
             return self._ask(Verdict.STALLED, now, unsent)
-        if self._asked is None and now >= self._heard + limits.PING_AFTER_SECONDS:
+        if self._asked is None and now >= _tick(self._heard + self._ping_after):
             return self._ask(Verdict.PING, now, unsent)
         return Verdict.FINE
 
@@ -186,6 +201,11 @@ class Liveness:
             )
         # No ping that could be answered, and no queue that could fall: only the bound for all writing is left.
         return self._since + limits.STALLED_SECONDS
+
+
+def _tick(when: float) -> float:
+    """The last whole tick up to `when`."""
+    return when // TICK_SECONDS * TICK_SECONDS
 
 
 class Sleep:

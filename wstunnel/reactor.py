@@ -148,7 +148,7 @@ class Reactor(ABC):
 
     @property
     def now(self) -> float:
-        """`trio.current_time()` at the start of this turn: a cheap clock for callbacks. Exact outside of a turn."""
+        """`trio.current_time()` at the start of this turn or pass over the alarms: a cheap clock. Else exact."""
         return trio.current_time() if self._now is None else self._now
 
     @staticmethod
@@ -156,12 +156,17 @@ class Reactor(ABC):
         """Seconds of processor time that this thread has used: for callbacks that pace themselves."""
         return time.thread_time()
 
-    def adopt(self, handler: Handler, sock: socket.socket, mask: int = READ) -> None:
+    def adopt(self, handler: Handler, sock: socket.socket, mask: int = READ, *, look: bool = True) -> None:
         """Take `sock` over: it becomes non-blocking, and only `drop` closes it.
 
-        `on_readable` runs once in the next turn, or else when READ is first wanted, whatever the selector says: bytes
-        may be waiting inside OpenSSL. After the reactor has stopped the socket is closed at once, and `handler.fd`
-        stays -1.
+        After the reactor has stopped the socket is closed at once, and `handler.fd` stays -1.
+
+        Args:
+            handler: of the socket.
+            sock: open, and its timeout as Python knows it (`gettimeout`) is that of the descriptor.
+            mask: what is wanted, of READ and WRITE.
+            look: `on_readable` runs once in the next turn, or else when READ is first wanted, whatever the selector
+                says: bytes may be waiting inside OpenSSL. False for a plain socket, of which the selector knows all.
 
         Raises:
             RuntimeError: `handler` is on a reactor already.
@@ -185,10 +190,12 @@ class Reactor(ABC):
         except OSError as error:
             handler.mask, handler.fd = 0, -1
             raise LocalError(_refused(fd, error)) from error
-        sock.setblocking(False)
+        if sock.gettimeout() != 0.0:  # 0.0 says that it is done: a system call less
+            sock.setblocking(False)
         handler.sock = sock
         self._handlers[fd] = handler
-        self.again(handler)
+        if look:
+            self.again(handler)
 
     def want(self, handler: Handler, mask: int) -> None:
         """Change what `handler` waits for: READ, WRITE, both or 0. Does nothing once it was dropped."""
@@ -411,16 +418,20 @@ class Reactor(ABC):
 
     def _run_due(self) -> None:
         # What these add waits for the next pass, even if it is due: see `_run_later`. So does what exceeds a turn.
-        now, last = trio.current_time(), self._alarm_number
-        end = self._clock() + limits.TURN_SECONDS
-        while self._alarms and self._alarms[0][0] <= now and self._alarms[0][1] <= last:
-            function = heapq.heappop(self._alarms)[2]
-            try:
-                function()
-            except Exception:
-                _logger.exception("%r, put off to its time, failed", function)
-            if self._clock() >= end:
-                return
+        alarms, clock, last = self._alarms, self._clock, self._alarm_number
+        self._now = now = trio.current_time()
+        end = clock() + limits.TURN_SECONDS
+        try:
+            while alarms and alarms[0][0] <= now and alarms[0][1] <= last:
+                function = heapq.heappop(alarms)[2]
+                try:
+                    function()
+                except Exception:
+                    _logger.exception("%r, put off to its time, failed", function)
+                if clock() >= end:
+                    return
+        finally:
+            self._now = None
 
 
 class EpollReactor(Reactor):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from wstunnel import limits, logs
 from wstunnel.errors import ProtocolError
+from wstunnel.flows import Flows
 from wstunnel.outages import Outages
 from wstunnel.stream import Stream
 from wstunnel.wire.credit import Budget
@@ -17,6 +18,8 @@ from wstunnel.wire.states import Half
 from wstunnel.wire.tombstones import Crowd, Tombstones
 
 if TYPE_CHECKING:
+    from wstunnel.endpoints.plain import PlainConnection
+    from wstunnel.flow import Flow
     from wstunnel.link import Link
     from wstunnel.reactor import Handler, Reactor
     from wstunnel.wire.messages import AnyMessage
@@ -34,6 +37,13 @@ class Principal:
         everyone: all principals of the process, this one among them.
         remember: seconds for which ids of streams that ended are remembered.
         crowd: counts the tombstones of all principals.
+
+    Attributes:
+        links: connections that carry its streams, in use or not.
+        streams: its streams and datagram flows.
+        accepted: those of them that an ingress opens; a flow also while it waits.
+        waiting: connections that an ingress has no link for yet.
+        listening: sockets that listen for its clients.
     """
 
     def __init__(
@@ -50,10 +60,36 @@ class Principal:
         self.everyone = everyone
         everyone[name] = self
         self.sessions: set[Session] = set()
+        self.plain: dict[PlainConnection, None] = {}  # in order, so that a run can be repeated
         self.tombstones = Tombstones(remember, crowd=crowd)
         self.links = 0
         self.streams = 0
+        self.accepted = 0
+        self.waiting = 0
+        self.listening = 0
         self.detached = 0
+
+    @property
+    def sockets(self) -> int:
+        """What takes descriptors beside the links, over all sessions."""
+        return self.streams + self.waiting + self.listening
+
+    def relieve(self) -> None:
+        """A budget is used up: what holds most has to go, of the principal or of all, until there is room."""
+        while self.budget.exhausted():
+            principals = [self] if self.budget.held >= self.budget.capacity else list(self.everyone.values())
+            streams = (stream for one in principals for session in one.sessions for stream in session.streams.values())
+            largest = max(streams, key=_held, default=None)
+            most = 0 if largest is None else _held(largest)
+            plain = max((one for each in principals for one in each.plain), key=lambda one: one.held, default=None)
+            if plain is not None and plain.held > most:
+                plain.give_up()
+            elif largest is not None and most:
+                largest.outbound.discard()
+                largest.reset("limit", "too much memory is held: the largest stream is reset")
+                largest.state.discard()
+            else:
+                return
 
 
 class Session:
@@ -72,12 +108,17 @@ class Session:
         resume_window: seconds for which a stream without a link is kept; 0 until both ends agreed on one.
         outages: what became of the streams that lost their links.
         window: first window of its streams, in bytes. The protocol fixes it; tests make it small.
+        most_streams: beyond which it opens and accepts none; what waits counts, and so do sockets that listen.
+        most_accepted: the same for those that its ingress opens.
         streams: by id, from their first message until both ends are done with them.
+        flows: its datagram flows.
         links: all links, whatever they carry.
     """
 
     resumes = False
     window = limits.WINDOW_FIRST
+    most_streams = limits.PRINCIPAL_STREAMS
+    most_accepted = limits.PRINCIPAL_STREAMS
 
     def __init__(self, session_id: str, principal: Principal, reactor: Reactor, log: logs.Log) -> None:
         self.id = session_id
@@ -86,6 +127,7 @@ class Session:
         self.reactor = reactor
         self.log = log
         self.streams: dict[str, Stream] = {}
+        self.flows = Flows(principal, reactor, log, self._name)
         self.links: set[Link] = set()
         self.resume_window = 0.0
         self.outages = Outages()
@@ -123,14 +165,20 @@ class Session:
         self.principal.links -= 1
         self.log.debug("link lost", peer=link.peer, role=link.protocol.role, reason=reason)
 
+    def begin(self, stream: Stream | Flow, link: Link) -> None:
+        """Ask the peer to open `stream`, on this idle link; goes out with the next flush."""
+        link.attach(stream)
+        link.open(stream.state, target=stream.target, peer=stream.peer, forward=stream.forward)
+
     # --- streams ------------------------------------------------------------------------------------------------------
 
-    def make_stream(self, stream_id: str, *, egress: bool, target: str, peer: str) -> Stream:
+    def make_stream(self, stream_id: str, *, egress: bool, target: str, peer: str, forward: str = "") -> Stream:
         """A new stream, in the table."""
         state = StreamState(stream_id, egress=egress, budget=self.principal.budget, window=self.window)
-        stream = Stream(state, self, target=target, peer=peer, now=self.reactor.now)
+        stream = Stream(state, self, target=target, peer=peer, now=self.reactor.now, forward=forward)
         self.streams[stream_id] = stream
         self.principal.streams += 1
+        self.principal.accepted += not egress
         return stream
 
     def _whose(self, stream: Stream) -> dict[str, object]:
@@ -148,6 +196,7 @@ class Session:
     def stream_ended(self, stream: Stream) -> None:
         del self.streams[stream.state.id]
         self.principal.streams -= 1
+        self.principal.accepted -= not stream.state.egress
         self._moved.pop(stream, None)
         self._starved.pop(stream, None)
         self._half_closed.pop(stream, None)
@@ -182,22 +231,8 @@ class Session:
             self.reactor.later(self._relieve)
 
     def _relieve(self) -> None:
-        """A budget is used up: the stream that holds most has to go, of the principal or of all."""
         self._relieving = False
-        principal = self.principal
-        while principal.budget.exhausted():
-            full = principal.budget.held >= principal.budget.capacity
-            principals = [principal] if full else list(principal.everyone.values())
-            largest = max(
-                (stream for one in principals for session in one.sessions for stream in session.streams.values()),
-                key=_held,
-                default=None,
-            )
-            if largest is None or not _held(largest):
-                return
-            largest.outbound.discard()
-            largest.reset("limit", "too much memory is held: the largest stream is reset")
-            largest.state.discard()
+        self.principal.relieve()
 
     # --- streams without a link -------------------------------------------------------------------------------------
 
@@ -222,6 +257,11 @@ class Session:
     def stream_unknown(self, stream: Stream) -> bool:
         """Here: it ends."""
         return False
+
+    def reopened(self, stream: Stream) -> bool:
+        """A stream is about to be opened afresh. Returns whether it still lives."""
+        self._attached(stream)
+        return stream.outcome is None and stream.reason is None
 
     def _attached(self, stream: Stream) -> bool:
         """The stream waits for a link no more. Returns whether it did."""
@@ -298,8 +338,12 @@ class Session:
         starved, self._starved = self._starved, {}
         for stream in starved:
             _guarded(stream, stream.refresh)
+        self.flows.sweep(now)
         for link in list(self.links):
-            _guarded(link, partial(link.sweep, now))
+            try:  # as `_guarded`, which with thousands of links costs more than what it guards
+                link.sweep(now)
+            except Exception as error:
+                link.fail(error)
         if not self.reactor.reports_hangups:
             for stream in list(self.streams.values()):
                 if stream.sock is not None and not stream.mask:
@@ -329,6 +373,7 @@ class Session:
                 stream.abandon("shutdown", reason)
             else:
                 stream.reset("shutdown", reason)
+        self.flows.close(reason)
         for link in list(self.links):
             link.close(code, reason)
 

@@ -10,6 +10,9 @@ if sys.platform == "linux":
     import fcntl
     import termios
 
+DATAGRAMS_BYTES = 1024 * 1024
+"""Receive queue of a UDP socket, for what comes while other sockets have their turn."""
+
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _LINUX_TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; `socket` has the name since Python 3.12, and other systems other numbers
 _INT = bytes(4)
@@ -57,6 +60,14 @@ def give_up_after(sock: socket.socket, seconds: float) -> None:
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         milliseconds = max(1, round(seconds * 1000))  # 0 would mean the system's own, some 15 minutes
         _set_tcp(sock, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+def widen(sock: socket.socket) -> None:
+    """Ask for a receive queue of DATAGRAMS_BYTES; the kernel gives what net.core.rmem_max allows (socket(7))."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DATAGRAMS_BYTES)
+    except OSError:
+        pass  # the usual one has to do
 
 
 def limit_unsent(sock: socket.socket, size: int) -> None:

@@ -13,8 +13,11 @@ from wstunnel.errors import LocalError
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
 from wstunnel.wire.buffer import SPARE_FROM_BYTES
 from wstunnel.wire.protocol import StreamState
+from wstunnel.wire.states import Exchange
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import trio
 
     from wstunnel.link import Link
@@ -70,8 +73,11 @@ class Stream(Handler):
         target: what the egress dials, canonical text.
         peer: who it came from: the application at the ingress, the link's other end at the egress.
         now: monotonic seconds.
+        forward: on `reverse` links, the id of the forward that it belongs to; else empty.
 
     Attributes:
+        decided: at the ingress: called once, when the target was reached or else when the stream is over.
+        when_over: called when the stream is over.
         outcome: None while it lives, then (code, message); code `finished` for a clean end.
         address: what the egress dialled.
         asked: at the client: boot id of the server that was last asked to resume it.
@@ -83,11 +89,14 @@ class Stream(Handler):
     """
 
     __slots__ = (
-        "_announced", "_read_done", "_write_failed", "address", "application", "asked", "boot", "created", "dialling",
-        "inbound", "link", "note", "outbound", "outcome", "owner", "peer", "proof_after", "reason", "state", "target",
+        "_announced", "_read_done", "_unsaid", "_write_failed", "address", "application", "asked", "boot", "created",
+        "decided", "dialling", "forward", "inbound", "link", "note", "outbound", "outcome", "owner", "peer",
+        "proof_after", "reason", "state", "target", "when_over",
     )  # fmt: skip
 
-    def __init__(self, state: StreamState, owner: StreamOwner, *, target: str, peer: str, now: float) -> None:
+    def __init__(
+        self, state: StreamState, owner: StreamOwner, *, target: str, peer: str, now: float, forward: str = ""
+    ) -> None:
         super().__init__()
         self.state = state
         self.inbound = state.inbound
@@ -95,6 +104,9 @@ class Stream(Handler):
         self.owner = owner
         self.target = target
         self.peer = peer
+        self.forward = forward
+        self.decided: Callable[[Stream], None] | None = None
+        self.when_over: Callable[[Stream], None] | None = None
         self.address = ""
         self.application = ""
         self.note = ""
@@ -109,6 +121,7 @@ class Stream(Handler):
         self._read_done = False
         self._write_failed = False
         self._announced = False
+        self._unsaid = False
 
     # --- the local socket ---------------------------------------------------------------------------------------------
 
@@ -118,7 +131,7 @@ class Stream(Handler):
             sockets.reset(sock)
             return
         try:
-            reactor.adopt(self, sock)
+            reactor.adopt(self, sock, look=False)
         except LocalError as error:
             sockets.reset(sock)
             self.reset("limit", str(error))
@@ -126,6 +139,16 @@ class Stream(Handler):
         if len(self.inbound.inbox):
             self._drain()
         self._deliver_end()
+
+    def begin(self, reactor: Reactor, sock: socket.socket, early: bytes = b"") -> None:
+        """Ingress: take over the application's socket once the target was reached. `early` goes out before what it
+        has to say."""
+        if early and self.reason is None:
+            self.outbound.append(early)
+        self.start(reactor, sock)
+        self.read_early()
+        if self.link is not None:
+            self.link.flush()
 
     def connected(self, reactor: Reactor, sock: socket.socket, address: str) -> None:
         """Egress: the dial succeeded."""
@@ -135,6 +158,9 @@ class Stream(Handler):
             self._announced = True
             if self.link is None:
                 self.state.opened = True  # the peer learns of it when it resumes
+            elif self.link.protocol.state is Exchange.RESUMING:
+                # `resume` did not say so, and nothing may be sent for the stream before its answer.
+                self.state.opened = self._unsaid = True
             else:
                 self.link.opened(address)
             self.owner.stream_opened(self)
@@ -328,6 +354,12 @@ class Stream(Handler):
         self.address = address
         self._announced = True
         self.owner.stream_opened(self)
+        self._decide()
+
+    def _decide(self) -> None:
+        if self.decided is not None:
+            decided, self.decided = self.decided, None
+            decided(self)
 
     def ended(self) -> None:
         """The peer's EOF came."""
@@ -368,6 +400,7 @@ class Stream(Handler):
     def link_lost(self, reason: str) -> None:
         """The link is gone. The stream waits for another, if its owner keeps it; else it ends."""
         self.state.link_lost()
+        self._unsaid = False  # the next `resume` says it
         if self.outcome is not None:
             return
         if not self.owner.stream_detached(self):
@@ -388,6 +421,10 @@ class Stream(Handler):
 
     def resumed(self, address: str | None) -> None:
         """The stream goes on on its new link, with the next flush. `address`: what the egress dialled, if it did."""
+        if self._unsaid:
+            assert self.link is not None
+            self._unsaid = False
+            self.link.opened(self.address)
         if self.state.opened and not self._announced:
             self.opened(address or "")
         self.owner.stream_resumed(self)
@@ -432,6 +469,9 @@ class Stream(Handler):
         self._close_local(reset=False)
         self.state.discard()
         self.owner.stream_ended(self)
+        self._decide()
+        if self.when_over is not None:
+            self.when_over(self)
 
     def _close_local(self, *, reset: bool) -> None:
         self._read_done = True

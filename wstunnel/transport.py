@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DISCARD_BYTES: Final = 64 * 1024
 """Read at once and thrown away while lingering."""
+SKIM_BYTES: Final = 4 * 1024
+"""Looked at at once before TLS: a PROXY header and what is behind it."""
 
 _Result = TypeVar("_Result")
 
@@ -23,9 +25,9 @@ _Result = TypeVar("_Result")
 class Transport:
     """One connected stream socket, plain or TLS.
 
-    Order of calls: `handshake` once (it does nothing without TLS), then `receive` and `send`, then either `detach`,
-    which hands the socket over, or `finish` or `close`. One task at a time. After `close` or `detach` every call but
-    `close` raises `trio.ClosedResourceError`.
+    Order of calls: `skim` if need be, `handshake` once (it does nothing without TLS), then `receive` and `send`, then
+    either `detach`, which hands the socket over, or `finish` or `close`. One task at a time. After `close` or `detach`
+    every call but `close` raises `trio.ClosedResourceError`.
 
     What the socket raises (`OSError`, `ssl.SSLError`) comes up as it is; the caller translates, see
     `tls.translate_tls_error`.
@@ -88,6 +90,28 @@ class Transport:
         self._socket = wrapped
         await self._retry(wrapped.do_handshake, trio.lowlevel.wait_readable)
         self._ready = True
+
+    async def skim(self, take: Callable[[bytes], int]) -> bool:
+        """Wait for bytes that come before `handshake`, and let `take` have them; what it leaves, TLS will read.
+
+        Args:
+            take: gets the first `SKIM_BYTES` at most of what waits, and returns how many of them it has used. When it
+                wants more than there are it uses all. What it raises comes up; nothing is taken then.
+
+        Returns:
+            False at the end of the connection, `take` not called.
+
+        Raises:
+            OSError: the connection broke.
+        """
+        sock = self._open()
+        data = await self._retry(lambda: sock.recv(SKIM_BYTES, socket.MSG_PEEK), trio.lowlevel.wait_readable)
+        if not data:
+            return False
+        used = take(data)
+        while used:  # they are here: it does not wait
+            used -= len(sock.recv(used))
+        return True
 
     async def receive(self, max_bytes: int) -> bytes:
         """Wait for bytes: 1 to `max_bytes` of them, or `b""` at the end (with or without TLS's close_notify).

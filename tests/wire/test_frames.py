@@ -18,11 +18,13 @@ from wstunnel.errors import ProtocolError
 from wstunnel.wire.frames import (
     CloseCode,
     FrameDecoder,
+    MaskKeys,
     Opcode,
     apply_mask_python,
     encode_close,
     encode_frame,
     encode_header,
+    encode_pair,
     parse_close,
 )
 
@@ -743,3 +745,63 @@ class TestOracle:
                 assert peer.close_sent.code in {1002, 1007}
             else:
                 assert error.code == peer.close_sent.code
+
+
+class TestPair:
+    """The short way for an empty PING or PONG and a short text behind it: all or nothing, and nothing is decoded."""
+
+    @staticmethod
+    def pair(opcode: int, text: bytes, *, masked: bool) -> bytes:
+        return encode_pair(opcode, text, MaskKeys(lambda size: KEY * (size // 4)) if masked else None)
+
+    @BOTH_ROLES
+    @pytest.mark.parametrize("opcode", [Opcode.PING, Opcode.PONG])
+    @pytest.mark.parametrize("size", [0, 1, 26, 125])
+    def test_is_the_two_frames(self, size: int, opcode: Opcode, masked: bool) -> None:
+        text = b"x" * size
+        data = self.pair(opcode, text, masked=masked)
+        assert data == encode(opcode, masked=masked) + encode(Opcode.TEXT, text, masked=masked)
+        assert FrameDecoder(masked=masked).pair(memoryview(data)) == (opcode, text)
+
+    def test_every_frame_has_a_key_of_its_own(self) -> None:
+        data = encode_pair(Opcode.PING, b"abc", MaskKeys(lambda size: bytes(number % 256 for number in range(size))))
+        assert sorted([data[2:6], data[8:12]]) == [bytes(range(4)), bytes(range(4, 8))]
+
+    @BOTH_ROLES
+    def test_all_else_is_left_alone(self, masked: bool) -> None:
+        right = self.pair(Opcode.PING, b"abc", masked=masked)
+        long = encode(Opcode.PING, masked=masked) + encode(Opcode.TEXT, bytes(126), masked=masked)
+        others = [
+            encode(opcode, first, masked=masked) + encode(then, b"abc", masked=masked, fin=fin)
+            for opcode, first, then, fin in (
+                (Opcode.CLOSE, b"", Opcode.TEXT, True),
+                (Opcode.TEXT, b"", Opcode.TEXT, True),
+                (Opcode.PING, b"x", Opcode.TEXT, True),
+                (Opcode.PING, b"", Opcode.BINARY, True),
+                (Opcode.PING, b"", Opcode.TEXT, False),
+            )
+        ]
+        bits = [bytes([*right[:at], right[at] ^ bit, *right[at + 1 :]]) for at in (0, 1) for bit in (0x10, 0x40, 0x80)]
+        other_role = self.pair(Opcode.PING, b"abc", masked=not masked)
+        for data in [right[:size] for size in range(len(right))] + [right + b"x", long, other_role, *others, *bits]:
+            assert FrameDecoder(masked=masked).pair(memoryview(data)) is None, data
+
+    @BOTH_ROLES
+    @pytest.mark.parametrize(
+        "before", ["part of a header", "part of a payload", "a fragmented message", "a close", "an error"]
+    )
+    def test_not_in_the_middle_of_something(self, before: str, masked: bool) -> None:
+        decoder = FrameDecoder(masked=masked)
+        binary = encode(Opcode.BINARY, b"abc", masked=masked)
+        first = {
+            "part of a header": binary[:1],
+            "part of a payload": binary[:-1],
+            "a fragmented message": encode(Opcode.TEXT, b"abc", masked=masked, fin=False),
+            "a close": encode(Opcode.CLOSE, masked=masked),
+            "an error": b"\xff\xff",
+        }[before]
+        try:
+            decode(decoder, first)
+        except ProtocolError:
+            assert before == "an error"
+        assert decoder.pair(memoryview(self.pair(Opcode.PING, b"abc", masked=masked))) is None

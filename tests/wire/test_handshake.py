@@ -432,6 +432,34 @@ class TestClientUpgraded:
         assert "a proxy on the way may have altered it" in str(error)
 
 
+class TestClientOfAPlainEndpoint:
+    def made(self) -> ClientUpgrade:
+        return ClientUpgrade("h", "/db", KEY_BYTES, "binary", endpoint=True)
+
+    def test_the_subprotocol_may_be_left_out(self) -> None:
+        without = {name: value for name, value in GOOD.items() if name.lower() != "sec-websocket-protocol"}
+        assert self.made().feed(answer(fields=without))
+        assert self.made().feed(answer(fields=GOOD | {"Sec-WebSocket-Protocol": "binary"}))
+        with pytest.raises(NetworkError, match=r"chose the subprotocol 'wstunnel\.1', not binary"):
+            self.made().feed(answer(fields=GOOD | {"Sec-WebSocket-Protocol": "wstunnel.1"}))
+
+    @pytest.mark.parametrize(
+        ("status", "said"),
+        [
+            ("401 Unauthorized", "another token, or one at all (401: no)"),
+            ("404 Not Found", "no plain endpoint at path '/db' on that server (404)"),
+            ("502 Bad Gateway", "the endpoint's target could not be reached (502: no)"),
+            ("503 Service Unavailable", "could not be reached (503: no)"),
+            ("504 Gateway Timeout", "could not be reached (504: no)"),
+            ("403 Forbidden", "the server refused (403: no)"),
+        ],
+    )
+    def test_refusals_are_not_those_of_a_tunnel(self, status: str, said: str) -> None:
+        with pytest.raises(ServerRefusedError) as refused:
+            self.made().feed(answer(status, {"Content-Length": "2"}, b"no"))
+        assert said in str(refused.value)
+
+
 class TestClientRefused:
     @pytest.mark.parametrize(
         ("status", "said"),

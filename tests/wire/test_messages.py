@@ -153,7 +153,7 @@ class TestOnTheWire:
     def test_this_version(self) -> None:
         assert messages.SUBPROTOCOL == "wstunnel.1"
         assert messages.VERSION == 1
-        assert messages.FEATURES == ("resume", "drain")
+        assert messages.FEATURES == ("resume", "drain", "reverse", "udp")
 
     @pytest.mark.parametrize("kind", TYPES)
     def test_unknown_keys_are_ignored(self, kind: type[Message]) -> None:
@@ -195,7 +195,7 @@ class TestNumbers:
             *((kind.__name__, "n") for kind in (Open, Opened, Ack, Eof, Reset, Resume, Resumed)),
             ("Resume", "epoch"),
         }
-        assert len(self.FIELDS) == 28
+        assert len(self.FIELDS) == 30
 
     @pytest.mark.parametrize(("kind", "field", "least"), FIELDS)
     def test_ends_of_the_range(self, kind: type[Message], field: str, least: int) -> None:
@@ -374,3 +374,37 @@ class TestAnything:
         else:
             assert type(message) is kind
             assert decode(encode(message)) == message
+
+
+class TestPingsAsWeSpellThem:
+    """Read and written without JSON: idle links send nothing else."""
+
+    @given(st.integers(0, NUMBER_MAX))
+    @settings(derandomize=True)
+    def test_are_written_as_by_the_encoder(self, number: int) -> None:
+        assert messages.encode_ping(number) == messages.encode(Ping(number=number))
+        assert messages.encode_pong(number) == messages.encode(Pong(number=number))
+
+    @pytest.mark.parametrize("kind", [Ping, Pong])
+    @pytest.mark.parametrize("number", [0, 1, 9, 10, 101, 10**15 - 1])
+    def test_are_read(self, kind: type[Message], number: int) -> None:
+        message = kind(number=number)
+        assert messages.decode_ping(messages.encode(message)) == message == decode(messages.encode(message))
+
+    @pytest.mark.parametrize(
+        "number", ["", "-1", "+1", "01", "00", "1.0", "1e3", "1_0", " 1", "1 ", "٣", "1,", '1,"x":2', str(10**15)]
+    )
+    def test_other_numbers_are_left_to_the_decoder(self, number: str) -> None:
+        assert messages.decode_ping(f'{{"type":"ping","number":{number}}}'.encode()) is None
+
+    @given(st.sampled_from([Ping(number=12), Pong(number=0)]), st.integers(0, 40), st.binary(max_size=2))
+    @settings(derandomize=True)
+    def test_never_read_otherwise_than_by_the_decoder(self, message: Message, at: int, new: bytes) -> None:
+        data = messages.encode(message)
+        data = data[:at] + new + data[at + 1 :]
+        got = messages.decode_ping(data)
+        assert got is None or got == decode(data)
+
+    def test_other_messages_and_spellings_are_left_to_the_decoder(self) -> None:
+        for text in ('{"number":1,"type":"ping"}', '{"type":"pang","number":1}', '{"type":"ping","number":1]', "1", ""):
+            assert messages.decode_ping(text.encode()) is None

@@ -16,7 +16,7 @@ from wstunnel.errors import ProtocolError, StreamError
 from wstunnel.limits import CONTROL_QUEUE_BYTES, KIB, MESSAGE_BYTES, WINDOW_FIRST
 from wstunnel.wire import messages
 from wstunnel.wire.credit import Budget
-from wstunnel.wire.frames import FrameDecoder, MaskKeys, Opcode, encode_close, encode_frame, parse_close
+from wstunnel.wire.frames import FrameDecoder, MaskKeys, Opcode, encode_close, encode_frame, encode_pair, parse_close
 from wstunnel.wire.messages import (
     Ack,
     AnyMessage,
@@ -585,8 +585,8 @@ SCENES: dict[str, tuple[Callable[[], LinkProtocol], set[type], set[type]]] = {
     "client, new": (lambda: new_link("client", greeted=False), {Welcome}, set()),
     "client, opened before welcome": (lambda: early(reset=False), {Welcome}, set()),
     "client, reset before welcome": (lambda: early(reset=True), {Welcome}, {bytes}),
-    "server, control": (lambda: idle("server", "control"), {Bye, Gone} | PINGS, set()),
-    "client, control": (lambda: idle("client", "control"), {Detached, Drain} | PINGS, set()),
+    "server, control": (lambda: idle("server", "control"), {Bye, Gone, Listen, Unlisten} | PINGS, set()),
+    "client, control": (lambda: idle("client", "control"), {Detached, Drain, Listening, Need} | PINGS, set()),
     "server, idle forward": (lambda: idle("server", "forward"), {Open, Resume} | PINGS, set()),
     "client, idle forward": (lambda: idle("client", "forward"), PINGS, set()),
     "server, idle reverse": (lambda: idle("server", "reverse"), PINGS, set()),
@@ -663,7 +663,8 @@ def snapshot(protocol: LinkProtocol) -> object:
 class TestEveryMessageInEveryState:
     def test_the_list_is_whole(self) -> None:
         assert {type(message) for message in ONE_OF_EACH} == {*typing.get_args(AnyMessage), bytes}
-        assert {scene().state for scene, _, _ in SCENES.values()} == set(Exchange) - {Exchange.CLOSED}
+        # Flows have theirs in test_datagrams.py.
+        assert {scene().state for scene, _, _ in SCENES.values()} == set(Exchange) - {Exchange.CLOSED, Exchange.FLOW}
 
     @pytest.mark.parametrize("message", ONE_OF_EACH, ids=lambda message: type(message).__name__)
     @pytest.mark.parametrize("name", SCENES)
@@ -1743,7 +1744,7 @@ class TestControlQueue:
         protocol = new_link("client", "control")
         try:
             for _ in range(100_000):
-                protocol.websocket_ping()
+                protocol.ping(1)
         except ProtocolError as error:
             assert error.code == 1008  # refusing them is as good as joining them
         assert sum(len(buffer) for buffer in protocol.pull(1, NOW, ROUND_TRIP)) <= CONTROL_QUEUE_BYTES + 1 * KIB
@@ -1779,8 +1780,8 @@ class TestPings:
     def test_our_own_ping_frame(self) -> None:
         for side in ("client", "server"):
             protocol = new_link(typing.cast("Side", side), "control")
-            protocol.websocket_ping()
-            assert pull(protocol) == [(Opcode.PING, b"")]
+            protocol.ping(3)
+            assert pull(protocol) == [(Opcode.PING, b""), Ping(number=3)]
 
     @SPLITS
     def test_while_a_stream_is_reset(self, size: int | None) -> None:
@@ -1815,7 +1816,7 @@ class TestClose:
         protocol.close(1000)
         protocol.close(1002, "second")
         protocol.send(Ping(number=2))
-        protocol.websocket_ping()
+        protocol.ping(2)
         feed(protocol, Ping(number=3), b"abc")
         receive(protocol, frame(protocol, Opcode.PING, b"b"))
         stream.outbound.append(b"late")
@@ -1883,7 +1884,7 @@ class TestFrames:
         stream.outbound.append(bytes(10_000))
         feed(protocol, Ping(number=1))
         receive(protocol, frame(protocol, Opcode.PING, b"a"))
-        protocol.websocket_ping()
+        protocol.ping(1)
         stream.ack_wanted = True
         stream.outbound.end()
         while buffers := protocol.pull(3000, NOW, ROUND_TRIP):
@@ -1891,7 +1892,7 @@ class TestFrames:
         protocol.close(1000)
         out += b"".join(protocol.pull(1, NOW, ROUND_TRIP))
         keys = [key for _, key in headers(bytes(out))]
-        assert len(keys) == 2 + 1 + 1 + 1 + 1 + 4 + 1 + 1  # hello open, pong, ping, pong message, ack, data, eof, close
+        assert len(keys) == 2 + 2 + 1 + 1 + 1 + 4 + 1 + 1  # hello open, ping twice, pongs, ack, data, eof, close
         assert keys == drawn[: len(keys)]
         assert len(set(keys)) == len(keys)
 
@@ -2006,3 +2007,85 @@ def fragments(protocol: LinkProtocol, text: bytes, size: int | None) -> bytes:
     opcodes = [Opcode.TEXT, *[Opcode.CONTINUATION] * (len(pieces) - 1)]
     last = len(pieces) - 1
     return b"".join(frame(protocol, opcodes[at], piece, fin=at == last) for at, piece in enumerate(pieces))
+
+
+def closed(side: Side) -> LinkProtocol:
+    protocol = new_link(side)
+    protocol.close(1000)
+    pull(protocol)
+    return protocol
+
+
+class TestReceivePing:
+    """The short way for the frames of an idle link: it does what `receive` does, or nothing."""
+
+    STATES: typing.ClassVar = {
+        "idle": new_link,
+        "busy": lambda side: busy(side, "forward", answered=True),
+        "resetting": lambda side: resetting(side, "forward"),
+        "not greeted": lambda side: new_link(side, greeted=False),
+        "closed": closed,
+    }
+
+    @staticmethod
+    def pair(side: Side, opcode: int, text: bytes) -> bytes:
+        return encode_pair(opcode, text, new_keys() if side == "server" else None)
+
+    @staticmethod
+    def ends(make: typing.Callable[[Side], LinkProtocol], side: Side, data: bytes) -> bool:
+        """Let `data` arrive at two ends, the short way at one. Returns whether it was taken."""
+        one, other = make(side), make(side)
+        taken = one.receive_ping(memoryview(data))
+        outcomes: list[object] = []
+        for protocol in (one, other):
+            try:
+                events = [taken] if protocol is one and taken is not None else receive(protocol, data)
+                outcomes.append([event for event in events if not isinstance(event, Ping)])
+            except ProtocolError as error:
+                outcomes.append((error.code, str(error)))
+        assert outcomes[0] == outcomes[1]
+        assert pull(one) == pull(other)
+        assert (one.state, one.close_sent, one.expecting) == (other.state, other.close_sent, other.expecting)
+        return taken is not None
+
+    @pytest.mark.parametrize("state", STATES)
+    @pytest.mark.parametrize("side", ["client", "server"])
+    def test_is_as_good_as_receive(self, side: Side, state: str) -> None:
+        taken = [
+            self.ends(self.STATES[state], side, self.pair(side, opcode, messages.encode(message)))
+            for opcode in (Opcode.PING, Opcode.PONG)
+            for message in (
+                Ping(number=1),
+                Pong(number=1),
+                Ping(number=2**53 - 1),
+                Bye(),
+                Ack(n=9, consumed=0, limit=0),
+            )
+        ]
+        alive = state in ("idle", "busy", "resetting")
+        assert taken == [alive, False, False, False, False, False, alive, False, False, False]
+
+    @reproducible
+    @given(st.sampled_from(["client", "server"]), st.booleans(), st.integers(0, 50), st.binary(max_size=3))
+    def test_with_any_byte_changed(self, side: Side, pong: bool, at: int, new: bytes) -> None:
+        right = self.pair(
+            side, Opcode.PONG if pong else Opcode.PING, messages.encode((Pong if pong else Ping)(number=7))
+        )
+        self.ends(new_link, side, right[:at] + new + right[at + 1 :])
+
+    @pytest.mark.parametrize("side", ["client", "server"])
+    def test_text_that_is_not_utf_8_is_refused_as_ever(self, side: Side) -> None:
+        data = self.pair(side, Opcode.PING, b'{"type":"ping","number":1\xff}')
+        protocol = new_link(side)
+        assert protocol.receive_ping(memoryview(data)) is None
+        assert "UTF-8" in refuses(protocol, data, code=1007)
+
+    def test_a_ping_frame_with_a_payload_before_it_is_not_forgotten(self) -> None:
+        """RFC 6455 §5.5.3: of several pings only the last need be answered."""
+        protocol = new_link("server")
+        receive(protocol, frame(protocol, Opcode.PING, b"x"))
+        feed(protocol, Ping(number=1))
+        assert pull(protocol) == [(Opcode.PONG, b"x"), Pong(number=1)]
+        receive(protocol, frame(protocol, Opcode.PING, b"x"))
+        assert protocol.receive_ping(memoryview(self.pair("server", Opcode.PING, messages.encode_ping(2)))) is not None
+        assert pull(protocol) == [(Opcode.PONG, b""), Pong(number=2)]

@@ -678,8 +678,8 @@ class TestExpecting:
         protocol = self.quiet()
         assert protocol.stream is not None
         protocol.stream.ack_wanted = True
-        protocol.websocket_ping()
-        assert len(pull(protocol)) == 2
+        protocol.ping(1)
+        assert len(pull(protocol)) == 3
         assert not protocol.expecting
         feed(protocol, Reset(n=1, code="x"))
         assert pull(protocol) == [Reset(n=1, code="x")]

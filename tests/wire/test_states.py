@@ -16,6 +16,9 @@ from wstunnel.wire.messages import (
     Drain,
     Eof,
     Gone,
+    Listen,
+    Listening,
+    Need,
     Open,
     Opened,
     Ping,
@@ -23,6 +26,7 @@ from wstunnel.wire.messages import (
     Reset,
     Resume,
     Resumed,
+    Unlisten,
 )
 from wstunnel.wire.states import EXCHANGE, EXPECTED, HALF, Exchange, ExchangeEvent, Half, HalfEvent
 
@@ -68,18 +72,19 @@ class TestHalf:
 
 class TestExchange:
     def test_the_whole_table(self) -> None:
-        n, i, g, b, r, c = Exchange  # new, idle, resuming, busy, resetting, closed
+        n, i, g, b, f, r, c = Exchange  # new, idle, resuming, busy, flow, resetting, closed
         assert g is Exchange.RESUMING
         rows = {
-            ExchangeEvent.GREETED: {n: i, b: b, r: r},
+            ExchangeEvent.GREETED: {n: i, b: b, f: f, r: r},
             ExchangeEvent.OPEN: {n: b, i: b},
+            ExchangeEvent.FLOW: {b: f},
             ExchangeEvent.RESUME_SENT: {i: g},
             ExchangeEvent.RESUMED: {g: b},
             ExchangeEvent.GONE: {g: i, b: i},
             ExchangeEvent.FINISHED: {b: i},
-            ExchangeEvent.RESET_SENT: {b: r},
-            ExchangeEvent.RESET_RECEIVED: {b: i, r: i},
-            ExchangeEvent.CLOSED: {n: c, i: c, g: c, b: c, r: c, c: c},
+            ExchangeEvent.RESET_SENT: {b: r, f: r},
+            ExchangeEvent.RESET_RECEIVED: {b: i, f: i, r: i},
+            ExchangeEvent.CLOSED: {n: c, i: c, g: c, b: c, f: c, r: c, c: c},
         }
         assert {(before, event): after for event, row in rows.items() for before, after in row.items()} == EXCHANGE
 
@@ -94,6 +99,7 @@ class TestExchange:
             (Exchange.BUSY, ExchangeEvent.GONE),
             (Exchange.BUSY, ExchangeEvent.FINISHED),
             (Exchange.BUSY, ExchangeEvent.RESET_RECEIVED),
+            (Exchange.FLOW, ExchangeEvent.RESET_RECEIVED),
             (Exchange.RESETTING, ExchangeEvent.RESET_RECEIVED),
         }
 
@@ -104,12 +110,14 @@ class TestExchange:
 class TestExpected:
     def test_the_whole_table(self) -> None:
         of_a_stream = {Opened, Ack, Eof, Reset}
+        of_places = {Listen, Listening, Unlisten, Need}
         anywhere = {Ping, Pong}
         assert {
             Exchange.NEW: set(),
-            Exchange.IDLE: {Open, Resume, Detached, Gone, Drain, Bye} | anywhere,
+            Exchange.IDLE: {Open, Resume, Detached, Gone, Drain, Bye} | of_places | anywhere,
             Exchange.RESUMING: {Resumed, Gone} | anywhere,
             Exchange.BUSY: of_a_stream | anywhere,
+            Exchange.FLOW: {Opened, Reset} | anywhere,
             Exchange.RESETTING: of_a_stream | anywhere,
             Exchange.CLOSED: set(),
         } == EXPECTED

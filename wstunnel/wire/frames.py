@@ -39,6 +39,7 @@ __all__ = [
     "encode_close",
     "encode_frame",
     "encode_header",
+    "encode_pair",
     "parse_close",
 ]
 
@@ -93,6 +94,8 @@ _LENGTH_64: Final = 127
 _HEADER_BYTES: Final = 14
 _KEY_BYTES: Final = 4
 _BINARY_FIN: Final = _FIN | Opcode.BINARY
+_TEXT_FIN: Final = _FIN | Opcode.TEXT
+_PING_OR_PONG: Final = frozenset((_FIN | Opcode.PING, _FIN | Opcode.PONG))
 # Sizes of the shortest frames whose length does not fit into 7 bits: masked, and not.
 _MASKED_126: Final = 2 + _KEY_BYTES + _LENGTH_16
 _CLEAR_126: Final = 2 + _LENGTH_16
@@ -143,6 +146,20 @@ def encode_frame(opcode: int, payload: Bytes, *, fin: bool = True, key: bytes | 
     """One whole frame: `encode_header` (same arguments and errors) and the payload after it, masked if need be."""
     header = encode_header(opcode, len(payload), fin=fin, key=key)
     return header + (payload if key is None else apply_mask(payload, key))
+
+
+def encode_pair(opcode: int, text: bytes, keys: MaskKeys | None) -> bytes:
+    """An empty control frame and a TEXT frame in one piece: a `ping` or `pong`, and what proxies take for one.
+
+    Args:
+        opcode: PING or PONG.
+        text: fewer than 126 bytes.
+        keys: of masking, at a client; None at a server.
+    """
+    if keys is None:
+        return b"%c\x00\x81%c%s" % (_FIN | opcode, len(text), text)
+    empty, key = keys.next(), keys.next()  # §5.3: a fresh one for every frame
+    return b"%c\x80%s\x81%c%s%s" % (_FIN | opcode, empty, _MASK | len(text), key, apply_mask(text, key))
 
 
 def encode_close(code: int | None, reason: str = "", *, key: bytes | None = None) -> bytes:
@@ -258,6 +275,28 @@ class FrameDecoder:
         elif 2 <= size < _CLEAR_126 and data[0] == _BINARY_FIN and data[1] == size - 2:
             return data[2:]
         return None
+
+    def pair(self, data: memoryview) -> tuple[int, bytes] | None:
+        """The opcode and the text, if `data` is what `encode_pair` makes, from first to last byte; else None.
+
+        Nothing has been decoded either way: the text is not yet known to be UTF-8, and `feed` is still to be called
+        unless the caller makes do with this.
+        """
+        if self._in_frame or self._head or self._message is not None or self._ended:
+            return None
+        size = len(data)
+        start = 12 if self._masked else 4
+        if not start <= size < start + _LENGTH_16:
+            return None
+        first = data[0]
+        if first not in _PING_OR_PONG:
+            return None
+        text = start >> 1  # two frames with headers of the same size, the first of them empty
+        mask = _MASK if self._masked else 0
+        if data[1] != mask or data[text] != _TEXT_FIN or data[text + 1] != mask | size - start:
+            return None
+        payload = data[start:]
+        return first & _OPCODE, apply_mask(payload, bytes(data[start - 4 : start])) if mask else bytes(payload)
 
     def feed(self, data: bytes | memoryview) -> Iterator[tuple[Opcode, bytes | memoryview, bool]]:
         """Decode what has arrived.

@@ -208,6 +208,11 @@ class ClientUpgrade:
         subprotocol: the one to ask for, which the server must then speak; `None` to ask for none.
         headers: more fields, names in any case; one may be Host and takes the place of `host`. Not shown in any
             message: a token is among them.
+        endpoint: it is a plain endpoint's, of whatever server, and no tunnel's: it need not choose the subprotocol, and
+            refusals mean other things.
+
+    Attributes:
+        response: the head of the answer, whatever it says; None before it came.
 
     Raises:
         ValueError: `key` has another length.
@@ -220,6 +225,8 @@ class ClientUpgrade:
         key: bytes,
         subprotocol: str | None,
         headers: Sequence[tuple[str, str]] = (),
+        *,
+        endpoint: bool = False,
     ) -> None:
         if len(key) != _KEY_BYTES:
             raise ValueError(f"a key has {_KEY_BYTES} bytes, not {len(key)}")
@@ -228,9 +235,11 @@ class ClientUpgrade:
         self._key = base64.b64encode(key).decode("ascii")
         self._subprotocol = subprotocol
         self._headers = headers
+        self._endpoint = endpoint
         self._reader = ResponseReader()
         self._heard = False
-        self._body: _RefusalBody | None = None
+        self._body: RefusalBody | None = None
+        self.response: Response | None = None
 
     @property
     def leftover(self) -> bytes:
@@ -246,12 +255,12 @@ class ClientUpgrade:
         """
         if not _PATH.fullmatch(self._path):
             raise UsageError(
-                f"the path {_escaped(self._path)!r} cannot be sent: percent-encode it",
+                f"the path {escaped(self._path)!r} cannot be sent: percent-encode it",
                 grammar="/PATH in ASCII, without spaces and `#`",
             )
         hosts = [value for name, value in self._headers if name.lower() == "host"] or [self._host]
         if len(hosts) > 1 or not hosts[0] or not HOST.fullmatch(hosts[0]):
-            raise UsageError(f"the Host field cannot be {_escaped(', '.join(hosts))!r}", grammar="HOST[:PORT], once")
+            raise UsageError(f"the Host field cannot be {escaped(', '.join(hosts))!r}", grammar="HOST[:PORT], once")
         lines = [
             f"GET {self._path} HTTP/1.1",
             f"Host: {hosts[0]}",
@@ -285,10 +294,11 @@ class ClientUpgrade:
             response = self._reader.feed(data)
             if response is None:
                 return False
+            self.response = response
             if response.status == 101:
                 self._check(response)
                 return True
-            self._body = _RefusalBody(response)
+            self._body = RefusalBody(response)
             data = self._reader.leftover
         self._body.feed(data)
         if self._body.complete:
@@ -321,8 +331,8 @@ class ClientUpgrade:
             wrong = "has a wrong Sec-WebSocket-Accept, or none"
         elif response.elements("sec-websocket-extensions"):
             wrong = "has extensions, though none was offered"
-        elif subprotocol != self._subprotocol:
-            chosen = "no subprotocol" if subprotocol is None else f"the subprotocol {_escaped(subprotocol)!r}"
+        elif subprotocol != self._subprotocol and not (self._endpoint and subprotocol is None):
+            chosen = "no subprotocol" if subprotocol is None else f"the subprotocol {escaped(subprotocol)!r}"
             wrong = f"chose {chosen}, not {self._subprotocol or 'none'}"
         else:
             return
@@ -330,10 +340,12 @@ class ClientUpgrade:
             "websocket", f"the server's answer to the WebSocket upgrade {wrong}: a proxy on the way may have altered it"
         )
 
-    def _refused(self, body: _RefusalBody) -> WstunnelError:
+    def _refused(self, body: RefusalBody) -> WstunnelError:
         status = body.response.status
         line = body.first_line()
         said = f"{status}: {line}" if line else f"{status}"
+        if self._endpoint and status in _ENDPOINT_MEANINGS:
+            return ServerRefusedError(_ENDPOINT_MEANINGS[status].format(said=said, path=self._path))
         if status == 401:
             return ServerRefusedError(
                 "the server refused the token (401): ask its operator for a new login URL (`wstunnel invite`), "
@@ -353,11 +365,19 @@ class ClientUpgrade:
         location = body.response.value("location")
         if 300 <= status < 400 and location is not None:
             return NetworkError(
-                "http", f"the server sent us on to {_escaped(location)} ({status}): if that is right, put it in the URL"
+                "http", f"the server sent us on to {escaped(location)} ({status}): if that is right, put it in the URL"
             )
         return NetworkError("http", _meaning(status).format(said=said))
 
 
+_ENDPOINT_UNREACHED = "the endpoint's target could not be reached ({said}), or the server behind a proxy"
+_ENDPOINT_MEANINGS = {
+    401: "the server wants another token, or one at all ({said}): check the URL",
+    404: "no plain endpoint at path {path!r} on that server (404): check the path in the URL",
+    502: _ENDPOINT_UNREACHED,
+    503: _ENDPOINT_UNREACHED,
+    504: _ENDPOINT_UNREACHED,
+}
 _UNREACHED = "the proxy in front of the server could not reach it ({said}): check that the server runs"
 _MEANINGS = {
     400: "the server, or a proxy on the way, did not understand the request ({said}): check scheme and port in the URL",
@@ -384,7 +404,7 @@ def _meaning(status: int) -> str:
     return _MEANINGS.get(status, _MEANING_5XX if status >= 500 else _MEANING_OTHER)
 
 
-class _RefusalBody:
+class RefusalBody:
     """The first `limits.REFUSAL_BODY_BYTES` of the body behind a refusing head, unwrapped by h11."""
 
     def __init__(self, response: Response) -> None:
@@ -419,10 +439,10 @@ class _RefusalBody:
         """What to show of the answer: the body's first line, or the reason phrase if that is blank or HTML; escaped."""
         lines = self._bytes.decode("utf-8", "backslashreplace").splitlines()
         line = next((stripped for line in lines if (stripped := line.strip())), "")
-        return _escaped(self.response.reason if not line or line.startswith("<") else line)
+        return escaped(self.response.reason if not line or line.startswith("<") else line)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A peer's text for a person's terminal: nothing unprintable, at most `_SHOWN_CHARACTERS`."""
     shown = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
@@ -434,7 +454,7 @@ def _escaped(text: str) -> str:
 def _checked_field(name: str, value: str) -> str:
     # The value stays out of the messages: it may be a token.
     if not TOKEN.fullmatch(name):
-        raise UsageError(f"the header name {_escaped(name)!r} is none", grammar="'Name: value'")
+        raise UsageError(f"the header name {escaped(name)!r} is none", grammar="'Name: value'")
     if _CONTROL_BUT_TAB.search(value):
         raise UsageError(
             f"the value of the header {name!r} holds a control character", grammar="'Name: value' in one line"

@@ -2,9 +2,8 @@
 
     {"type":"open","n":1,"stream":"0123456789abcdefghijkA","target":"tcp:db:5432"}
 
-Every message of the protocol is typed here, also those that this version does not act on yet: a peer sends these only
-to one that lists their feature (see `FEATURES`), so receiving one is a protocol error. The normative text is
-docs/reference/protocol.md. Unknown keys are ignored, so that later versions may add some.
+Every message of the protocol is typed here. Those of a feature (see `FEATURES`) a peer sends only to one that lists it.
+The normative text is docs/reference/protocol.md. Unknown keys are ignored, so that later versions may add some.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from wstunnel.limits import MESSAGE_BRACKETS, MESSAGE_BYTES, NUMBER_MAX
 SUBPROTOCOL = "wstunnel.1"
 VERSION = 1
 
-FEATURES: tuple[str, ...] = ("resume", "drain")
-"""What this version can do beyond what every `wstunnel.1` peer can. Later: `reverse`."""
+FEATURES: tuple[str, ...] = ("resume", "drain", "reverse", "udp")
+"""What this version can do beyond what every `wstunnel.1` peer can."""
 
 Number = Annotated[int, Meta(ge=0, le=NUMBER_MAX)]
 Count = Annotated[int, Meta(ge=1, le=NUMBER_MAX)]
@@ -42,7 +41,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=s
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """Client, first message on every link. `resume_window` is in seconds: what the client would like."""
+    """Client, first message on every link. `resume_window` is in seconds: what the client would like. `quiet`, too: for
+    so long the server is not to ask by itself whether the link lives, since the client measures the path."""
 
     version: Number
     session: Id
@@ -50,10 +50,12 @@ class Hello(Message, frozen=True, kw_only=True):
     agent: Text = ""
     resume_window: Number = 300
     features: Features = []
+    quiet: Number = 0
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """Server, its answer to `hello`. Times are in seconds. `boot` changes with every start of the server."""
+    """Server, its answer to `hello`. Times are in seconds. `boot` changes with every start of the server. `quiet` is
+    what was granted of the client's."""
 
     version: Number
     server: Id
@@ -63,6 +65,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     keepalive: Number = 0
     idle_links: Number = 0
     features: Features = []
+    quiet: Number = 0
 
 
 class Open(Message, frozen=True, kw_only=True):
@@ -200,6 +203,10 @@ AnyMessage = (
     | Listen | Listening | Unlisten | Need | Ping | Pong | Drain | Bye
 )  # fmt: skip
 
+_PING_HEAD, _PONG_HEAD = b'{"type":"ping","number":', b'{"type":"pong","number":'
+_HEAD_BYTES = len(_PING_HEAD)
+_SHORT_DIGITS = len(str(NUMBER_MAX)) - 1  # any number of so few is small enough
+
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[AnyMessage] = msgspec.json.Decoder(AnyMessage)
 
@@ -207,6 +214,34 @@ _decoder: msgspec.json.Decoder[AnyMessage] = msgspec.json.Decoder(AnyMessage)
 def encode(message: Message) -> bytes:
     """The message as UTF-8 JSON, without a line end."""
     return _encoder.encode(message)
+
+
+def encode_ping(number: int) -> bytes:
+    """As `encode(Ping(number=number))`, without the object."""
+    return b"%s%d}" % (_PING_HEAD, number)
+
+
+def encode_pong(number: int) -> bytes:
+    """As `encode(Pong(number=number))`, without the object."""
+    return b"%s%d}" % (_PONG_HEAD, number)
+
+
+def decode_ping(data: bytes) -> Ping | Pong | None:
+    """A `ping` or `pong` that is spelt as we spell it; None for all else, be it right or wrong: see `decode`.
+
+    Idle links send nothing else, and this costs a fraction of a look at any JSON.
+
+    Args:
+        data: the payload of a text message; whether it is UTF-8 need not have been checked.
+    """
+    digits = data[_HEAD_BYTES:-1]
+    # isdigit() of bytes knows ASCII only. JSON has no leading zeros.
+    if not digits.isdigit() or len(digits) > _SHORT_DIGITS or data[-1:] != b"}" or (digits > b"0" and digits[0] == 48):
+        return None
+    head = data[:_HEAD_BYTES]
+    if head == _PING_HEAD:
+        return Ping(number=int(digits))
+    return Pong(number=int(digits)) if head == _PONG_HEAD else None
 
 
 def decode(data: bytes | bytearray) -> AnyMessage:

@@ -18,6 +18,7 @@ from wstunnel.errors import ProtocolError, StreamError
 from wstunnel.limits import CONTROL_QUEUE_BYTES, KIB, MESSAGE_BYTES, WINDOW_FIRST
 from wstunnel.wire import messages
 from wstunnel.wire.credit import Budget
+from wstunnel.wire.datagrams import HEADER_BYTES, DatagramState
 from wstunnel.wire.directions import Inbound, Outbound
 from wstunnel.wire.frames import (
     FrameDecoder,
@@ -27,6 +28,7 @@ from wstunnel.wire.frames import (
     encode_close,
     encode_frame,
     encode_header,
+    encode_pair,
     parse_close,
 )
 from wstunnel.wire.messages import (
@@ -39,7 +41,10 @@ from wstunnel.wire.messages import (
     Gone,
     Hello,
     LinkRole,
+    Listen,
+    Listening,
     Message,
+    Need,
     Open,
     Opened,
     Ping,
@@ -47,6 +52,7 @@ from wstunnel.wire.messages import (
     Reset,
     Resume,
     Resumed,
+    Unlisten,
     Welcome,
 )
 from wstunnel.wire.states import EXCHANGE, EXPECTED, Exchange, ExchangeEvent, Half
@@ -54,15 +60,20 @@ from wstunnel.wire.tombstones import Tombstone
 
 Buffer = bytes | memoryview
 _COUNTED = (Opened, Ack, Eof, Reset, Resumed)
-_CONTROL: dict[type[Message], str] = {Bye: "client", Gone: "client", Detached: "server", Drain: "server"}
+_CONTROL: dict[type[Message], str] = {
+    Bye: "client", Gone: "client", Listen: "client", Unlisten: "client",
+    Detached: "server", Drain: "server", Listening: "server", Need: "server",
+}  # fmt: skip
 """Messages of the control link, and the side that sends them."""
 _BINARY = int(Opcode.BINARY)
 _TEXT = int(Opcode.TEXT)
+_PING = int(Opcode.PING)
+_PONG = int(Opcode.PONG)
 _MASK_BYTES = 128 * KIB
 """Masked at once, a multiple of the key's 4: what is masked is still in the cache when it is sent."""
 _SMALL = 4096  # bytes; below it one joined write is cheaper than a gathered one
 # Module names: before Python 3.12 looking into an enumeration costs as much as a call.
-_BUSY, _RESETTING = Exchange.BUSY, Exchange.RESETTING
+_BUSY, _FLOW, _RESETTING = Exchange.BUSY, Exchange.FLOW, Exchange.RESETTING
 _DONE = Half.DONE
 
 
@@ -144,14 +155,16 @@ class LinkProtocol:
         state: see `wire/states.py`.
         n: count of exchanges on this link.
         stream: the stream that the link carries now.
+        flow: the datagram flow that it carries instead.
         greeted: the peer's hello or welcome came.
         expecting: something was pulled that the peer must react to. Whoever wants to know sets it back.
         drained: the last `pull` left nothing behind.
     """
 
     __slots__ = (
-        "_control", "_control_bytes", "_decoder", "_keys", "_ping", "_pong", "_pong_number", "_text",
-        "close_received", "close_sent", "drained", "expecting", "greeted", "n", "role", "side", "state", "stream",
+        "_control", "_control_bytes", "_decoder", "_keys", "_pong", "_pong_number", "_text",
+        "close_received", "close_sent", "drained", "expecting", "flow", "greeted", "n", "role", "side", "state",
+        "stream",
     )  # fmt: skip
 
     def __init__(
@@ -162,6 +175,7 @@ class LinkProtocol:
         self.state = Exchange.NEW
         self.n = 0
         self.stream: StreamState | None = None
+        self.flow: DatagramState | None = None
         self.greeted = False
         self.expecting = False
         self.drained = True
@@ -172,7 +186,6 @@ class LinkProtocol:
         self._text: bytearray | None = None
         self._control: list[Buffer] = []
         self._control_bytes = 0
-        self._ping = False
         self._pong: bytes | None = None
         self._pong_number: int | None = None
 
@@ -191,6 +204,27 @@ class LinkProtocol:
             stream.inbound.arrived(len(payload))  # type: ignore[union-attr]  # BUSY has a stream
         return payload or None
 
+    def receive_ping(self, data: memoryview) -> Ping | Pong | None:
+        """What `data` holds, if that is a `ping` or `pong` with its frame of RFC 6455, spelt as we do, and no more.
+
+        Both are answered inside, as by `receive`. None means that nothing was decoded: call `receive`.
+        """
+        if not self.greeted or self.close_sent:
+            return None
+        pair = self._decoder.pair(data)
+        if pair is None:
+            return None
+        opcode, text = pair
+        message = messages.decode_ping(text)
+        # After the greeting and before the end both messages may come in every state: see EXPECTED.
+        if opcode == _PONG:
+            return message if type(message) is Pong else None
+        if type(message) is not Ping:
+            return None
+        self._pong = b""
+        self._pong_number = message.number
+        return message
+
     def ack_due(self) -> bool:
         """Whether the stream's data asks for an ack now, though nothing else would be pulled."""
         return self.stream is not None and self.stream.inbound.ack_due()
@@ -199,8 +233,8 @@ class LinkProtocol:
         """Decode what came from the connection.
 
         Yields, in order: stream data (a payload, valid until the next step of the iteration: the caller passes it on or
-        stores it, see `Inbound`); messages, already checked and applied; `PeerClosed`. RFC 6455 pings are answered
-        inside. While the stream is being reset its data is dropped here.
+        stores it, see `Inbound`), or a whole datagram; messages, already checked and applied; `PeerClosed`. RFC 6455
+        pings are answered inside. While the stream is being reset its data is dropped here.
 
         Raises:
             ProtocolError: the peer broke a rule. Events before it were yielded. The caller closes with its code.
@@ -217,6 +251,10 @@ class LinkProtocol:
                     if payload:
                         stream.inbound.arrived(len(payload))  # type: ignore[union-attr]
                         yield payload
+                elif state is _FLOW:
+                    datagram = self._gather_datagram(payload, last)
+                    if datagram is not None:
+                        yield datagram
                 elif state is not _RESETTING:
                     raise ProtocolError(f"data while {state.value}")
             elif opcode == _TEXT:
@@ -232,6 +270,13 @@ class LinkProtocol:
                 if not self.close_sent:
                     self.close(1000 if code == 1005 else code)
                 yield PeerClosed(code, reason)
+
+    def _gather_datagram(self, payload: Buffer, last: bool) -> Buffer | None:
+        flow = self.flow
+        assert flow is not None
+        if not flow.opened and not flow.egress:
+            raise ProtocolError("data before opened")
+        return flow.arrived(payload, last)
 
     def _gather(self, payload: Buffer, last: bool) -> AnyMessage | None:
         """Put a text message together; None until it is whole."""
@@ -266,7 +311,7 @@ class LinkProtocol:
         elif isinstance(message, Ping):
             self._pong_number = message.number
         elif isinstance(message, Reset):
-            if self.state is Exchange.BUSY:
+            if self.state is not _RESETTING:
                 self.send(Reset(n=self.n, code=message.code))
             self._move(ExchangeEvent.RESET_RECEIVED)
         elif isinstance(message, Gone) and self.state is Exchange.RESUMING:
@@ -277,6 +322,8 @@ class LinkProtocol:
         elif isinstance(message, Resumed):
             self._resumed(message)
         elif self.state is Exchange.RESETTING:
+            if self.flow is not None and kind not in EXPECTED[_FLOW]:
+                raise ProtocolError(f"{name} while flow")
             return isinstance(message, Pong)
         elif isinstance(message, Opened | Ack | Eof):
             self._advance(message)
@@ -326,7 +373,13 @@ class LinkProtocol:
 
     def _advance(self, message: Opened | Ack | Eof) -> None:
         stream = self.stream
-        assert stream is not None
+        if stream is None:
+            flow = self.flow
+            assert flow is not None  # which lets nothing but `opened` through
+            if flow.egress or flow.opened:
+                raise ProtocolError("second opened" if flow.opened else "opened from the ingress")
+            flow.opened = True
+            return
         if isinstance(message, Ack):
             stream.answered = True
             stream.outbound.acknowledge(message.consumed, message.limit)
@@ -351,17 +404,32 @@ class LinkProtocol:
         if self.close_sent:
             return
         payload = messages.encode(message)
-        if self._control_bytes + len(payload) > CONTROL_QUEUE_BYTES:
-            raise ProtocolError("too many control messages queued: the peer does not read", 1008)
-        self._control_bytes += len(payload)
+        self._reserve(len(payload))
         self._control.append(self._frame(Opcode.TEXT, payload))
 
-    def open(self, stream: StreamState, *, target: str = "", forward: str = "", peer: str = "") -> None:
+    def ping(self, number: int) -> None:
+        """Queue `ping`, and a ping frame of RFC 6455: it keeps proxies awake that do not count text messages.
+
+        Raises:
+            ProtocolError: as `send`.
+        """
+        if self.close_sent:
+            return
+        frames = encode_pair(_PING, messages.encode_ping(number), self._keys)
+        self._reserve(len(frames))
+        self._control.append(frames)
+
+    def _reserve(self, size: int) -> None:
+        if self._control_bytes + size > CONTROL_QUEUE_BYTES:
+            raise ProtocolError("too many control messages queued: the peer does not read", 1008)
+        self._control_bytes += size
+
+    def open(self, stream: StreamState | DatagramState, *, target: str = "", forward: str = "", peer: str = "") -> None:
         """Start an exchange: the link must be idle (or new, at the client) and this side the one that opens on it."""
         self.n += 1
-        self.stream = stream
         self.expecting = True
         self._move(ExchangeEvent.OPEN)
+        self.accept(stream)
         self.send(Open(n=self.n, stream=stream.id, target=target, forward=forward, peer=peer))
 
     def resume(self, stream: StreamState, *, opened: str | None) -> None:
@@ -411,14 +479,19 @@ class LinkProtocol:
         self._move(ExchangeEvent.GONE)
         self.send(Gone(n=self.n, outcome=stone.outcome, code=stone.code, message=message))
 
-    def accept(self, stream: StreamState) -> None:
+    def accept(self, stream: StreamState | DatagramState) -> None:
         """The exchange that the peer's `open` began is about `stream`; must follow that event at once."""
-        self.stream = stream
+        if isinstance(stream, DatagramState):
+            self.flow = stream
+            self._move(ExchangeEvent.FLOW)
+        else:
+            self.stream = stream
 
     def opened(self, address: str) -> None:
         """Egress: the target was reached."""
-        assert self.stream is not None
-        self.stream.opened = True
+        stream = self.stream or self.flow
+        assert stream is not None
+        stream.opened = True
         self.send(Opened(n=self.n, address=address))
 
     def close(self, code: int, reason: str = "") -> None:
@@ -429,12 +502,10 @@ class LinkProtocol:
         self._control.append(encode_close(code, reason, key=self._key()))
         self._move(ExchangeEvent.CLOSED)
 
-    def websocket_ping(self) -> None:
-        """Queue a ping frame of RFC 6455: it keeps proxies awake that do not count text messages."""
-        self._ping = True
-
     def pull(self, size: int, now: float, round_trip: float) -> list[Buffer]:
         """What goes onto the connection next: the control messages, at most one data frame, and what follows it.
+
+        Of a datagram flow as many whole datagrams as are not more than a data frame.
 
         Args:
             size: most payload bytes in the data frame.
@@ -447,8 +518,8 @@ class LinkProtocol:
         """
         out: list[Buffer] = self._control
         self.drained = True
-        if self._ping or self._pong is not None or self._pong_number is not None:
-            self._pull_pings(out)
+        if self._pong is not None or self._pong_number is not None:
+            self._pull_pongs(out)
         stream = self.stream
         if (
             stream is not None
@@ -473,23 +544,47 @@ class LinkProtocol:
                     out.append(self._frame(Opcode.TEXT, messages.encode(Eof(n=self.n, total=total))))
                 if outbound.state is _DONE:
                     self._settle()
+        elif self.state is _FLOW:
+            self._pull_datagrams(out, size)
         if out:
             self._control = []
             self._control_bytes = 0
         return out
 
-    def _pull_pings(self, out: list[Buffer]) -> None:
+    def _pull_pongs(self, out: list[Buffer]) -> None:
         if self.close_sent:
             return
-        if self._ping:
-            out.append(self._frame(Opcode.PING, b""))
-            self._ping = False
-        if self._pong is not None:
-            out.append(self._frame(Opcode.PONG, self._pong))
-            self._pong = None
-        if self._pong_number is not None:
-            out.append(self._frame(Opcode.TEXT, messages.encode(Pong(number=self._pong_number))))
-            self._pong_number = None
+        pong, number = self._pong, self._pong_number
+        self._pong = self._pong_number = None
+        if number is None:
+            assert pong is not None
+            out.append(self._frame(Opcode.PONG, pong))
+        elif pong == b"":
+            out.append(encode_pair(_PONG, messages.encode_pong(number), self._keys))
+        else:
+            if pong is not None:
+                out.append(self._frame(Opcode.PONG, pong))
+            out.append(self._frame(Opcode.TEXT, messages.encode_pong(number)))
+
+    def _pull_datagrams(self, out: list[Buffer], size: int) -> None:
+        """In one buffer: a system call takes no more than some thousand."""
+        flow, keys = self.flow, self._keys
+        assert flow is not None
+        queue = flow.queue
+        frames: list[Buffer] = []
+        while queue and size > 0:
+            datagram = queue.pop()
+            size -= len(datagram) + HEADER_BYTES
+            key = None if keys is None else keys.next()
+            frames.append(encode_header(_BINARY, len(datagram), key=key))
+            frames.append(datagram if key is None else apply_mask(datagram, key))
+        if frames:
+            flow.sent += len(frames) // 2
+            out.append(b"".join(frames))
+        if queue:
+            self.drained = False
+        elif flow.reset_wanted is not None:
+            self._send_reset(out, *flow.reset_wanted)
 
     def _pull_reset(self, out: list[Buffer], stream: StreamState) -> bool:
         """The reset that the stream wants, if its time has come: all queued data is out, and it is still allowed.
@@ -498,15 +593,14 @@ class LinkProtocol:
         """
         if stream.reset_wanted is None or stream.outbound.queued() or not stream.resettable():
             return False
-        code, reason = stream.reset_wanted
-        self.expecting = True
-        out.append(
-            self._frame(
-                Opcode.TEXT, messages.encode(Reset(n=self.n, code=code, message=reason[: messages.TEXT_CHARACTERS]))
-            )
-        )
-        self._move(ExchangeEvent.RESET_SENT)
+        self._send_reset(out, *stream.reset_wanted)
         return True
+
+    def _send_reset(self, out: list[Buffer], code: str, reason: str) -> None:
+        self.expecting = True
+        message = Reset(n=self.n, code=code, message=reason[: messages.TEXT_CHARACTERS])
+        out.append(self._frame(Opcode.TEXT, messages.encode(message)))
+        self._move(ExchangeEvent.RESET_SENT)
 
     def _data(self, out: list[Buffer], view: memoryview) -> None:
         """One binary frame. RFC 6455 §5.3: every client frame has a fresh, unpredictable key."""
@@ -538,4 +632,4 @@ class LinkProtocol:
     def _move(self, event: ExchangeEvent) -> None:
         self.state = EXCHANGE[self.state, event]
         if self.state in (Exchange.IDLE, Exchange.CLOSED):
-            self.stream = None
+            self.stream = self.flow = None

@@ -16,7 +16,10 @@ from wstunnel.wire.messages import (
     Drain,
     Eof,
     Gone,
+    Listen,
+    Listening,
     Message,
+    Need,
     Open,
     Opened,
     Ping,
@@ -24,6 +27,7 @@ from wstunnel.wire.messages import (
     Reset,
     Resume,
     Resumed,
+    Unlisten,
 )
 
 
@@ -63,6 +67,7 @@ class Exchange(Enum):
     IDLE = "idle"  # no stream
     RESUMING = "resuming"  # we sent `resume`; nothing is sent for the stream until the answer
     BUSY = "busy"  # a stream
+    FLOW = "flow"  # a datagram flow
     RESETTING = "resetting"  # we sent `reset`; what arrives is discarded until the peer's
     CLOSED = "closed"
 
@@ -70,6 +75,7 @@ class Exchange(Enum):
 class ExchangeEvent(Enum):
     GREETED = "greeted"  # hello or welcome came
     OPEN = "open"  # `open` sent or received, or `resume` received
+    FLOW = "flow"  # what was just opened carries datagrams
     RESUME_SENT = "resume_sent"
     RESUMED = "resumed"  # received
     GONE = "gone"  # sent or received
@@ -91,6 +97,11 @@ EXCHANGE: dict[tuple[Exchange, ExchangeEvent], Exchange] = {
     # The answer goes out in the step in which `resume` came.
     (Exchange.BUSY, ExchangeEvent.GONE): Exchange.IDLE,
     (Exchange.BUSY, ExchangeEvent.GREETED): Exchange.BUSY,
+    # Who is asked for the flow knows it by the target or by the forward, in the step in which `open` came.
+    (Exchange.BUSY, ExchangeEvent.FLOW): Exchange.FLOW,
+    (Exchange.FLOW, ExchangeEvent.GREETED): Exchange.FLOW,
+    (Exchange.FLOW, ExchangeEvent.RESET_SENT): Exchange.RESETTING,
+    (Exchange.FLOW, ExchangeEvent.RESET_RECEIVED): Exchange.IDLE,
     (Exchange.RESETTING, ExchangeEvent.GREETED): Exchange.RESETTING,
     (Exchange.BUSY, ExchangeEvent.FINISHED): Exchange.IDLE,
     (Exchange.BUSY, ExchangeEvent.RESET_SENT): Exchange.RESETTING,
@@ -103,9 +114,11 @@ EXCHANGE: dict[tuple[Exchange, ExchangeEvent], Exchange] = {
 
 EXPECTED: dict[Exchange, frozenset[type[Message]]] = {
     Exchange.NEW: frozenset(),
-    Exchange.IDLE: frozenset({Open, Resume, Ping, Pong, Detached, Gone, Drain, Bye}),
+    Exchange.IDLE: frozenset({Open, Resume, Ping, Pong, Detached, Gone, Listen, Listening, Unlisten, Need, Drain, Bye}),
     Exchange.RESUMING: frozenset({Resumed, Gone, Ping, Pong}),
     Exchange.BUSY: frozenset({Opened, Ack, Eof, Reset, Ping, Pong}),
+    # A flow has no offsets, and nobody waits for its end.
+    Exchange.FLOW: frozenset({Opened, Reset, Ping, Pong}),
     Exchange.RESETTING: frozenset({Opened, Ack, Eof, Reset, Ping, Pong}),
     Exchange.CLOSED: frozenset(),
 }
