@@ -22,14 +22,17 @@ from unittest import mock
 
 from tests.memory import MemoryEvent, MemoryNursery, MemoryReactor, MemorySocket, MemoryTrio, Pipe
 from wstunnel import client as client_module
-from wstunnel import client_session, server, server_session, sockets
+from wstunnel import client_session, egress, ingress, reverse_server, server, server_session, sockets
 from wstunnel.client_session import ClientSession
 from wstunnel.config import ServerConfig
 from wstunnel.errors import NetworkError, StreamError
-from wstunnel.forwards import Forward
+from wstunnel.forwards import Forward, parse_reverse
+from wstunnel.ingress import Wanted
 from wstunnel.limits import OPEN_WAIT_SECONDS
 from wstunnel.link import Link
+from wstunnel.policy import parse_listen_rule
 from wstunnel.reactor import Handler
+from wstunnel.reverse_client import ReverseForwards
 from wstunnel.server import Server
 from wstunnel.session import Session
 from wstunnel.stream import Stream
@@ -58,9 +61,9 @@ class OrderedSet(dict):  # type: ignore[type-arg]
 class ModelReactor(MemoryReactor):
     """Knows which handler a socket has or had."""
 
-    def adopt(self, handler: Any, sock: Any, mask: int = 1) -> None:
+    def adopt(self, handler: Any, sock: Any, mask: int = 1, *, look: bool = True) -> None:
         sock.handler = handler
-        super().adopt(handler, sock, mask)
+        super().adopt(handler, sock, mask, look=look)
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -238,18 +241,20 @@ class Connection:
     """One application connection through the tunnel.
 
     Attributes:
+        reverse: the application has connected at the server, and the client reaches the target.
         dialled: how often the target was reached.
-        outcomes: of its streams at each end; an `open` that was held back may make a second one at the server.
+        outcomes: of its streams at ingress and egress; an `open` that was held back may make a second one there.
     """
 
-    def __init__(self, number: int, upward: bytes, downward: bytes, *, refuse: bool) -> None:
+    def __init__(self, number: int, upward: bytes, downward: bytes, *, refuse: bool, reverse: bool = False) -> None:
         self.number = number
         self.ingress = Application(upward)
         self.egress = Application(downward)
         self.refuse = refuse
+        self.reverse = reverse
         self.dialled = 0
         self.began = 0.0
-        self.outcomes: dict[Side, list[str]] = {"client": [], "server": []}
+        self.outcomes: dict[Literal["ingress", "egress"], list[str]] = {"ingress": [], "egress": []}
 
     @property
     def ends(self) -> tuple[Application, Application]:
@@ -280,6 +285,7 @@ class World:
         seed: of everything that happens by chance.
         idle_links: that the client keeps.
         resume_window: that it asks for, in seconds.
+        reverse: the client has a reverse forward, a dynamic one: so each connection may have a target of its own.
         trace: say every step.
     """
 
@@ -291,9 +297,11 @@ class World:
         *,
         idle_links: int = 0,
         resume_window: int = 300,
+        reverse: bool = False,
         trace: Callable[[str], None] | None = None,
     ) -> None:
         World.current = self
+        self.reverse = reverse
         self.chance = random.Random(seed)
         self.trace = trace
         self.steps = 0
@@ -307,13 +315,18 @@ class World:
         self.reactors: dict[Side, ModelReactor] = {"client": ModelReactor(), "server": ModelReactor()}
         self.trio = MemoryTrio(lambda: self.reactors["client"].now)
         self.server = Server(
-            ServerConfig(state_dir=Path("/nonexistent"), max_resume_window=resume_window or 300),
+            ServerConfig(
+                state_dir=Path("/nonexistent"), max_resume_window=resume_window or 300,
+                allow_listen=(parse_listen_rule("*:*"),),
+            ),
             self.reactors["server"], MemoryNursery(self.trio), [], None,
         )  # type: ignore[arg-type]  # fmt: skip
         self.client = ClientSession(
             self, self.reactors["client"],
             idle_links=idle_links, resume_window=resume_window, random_float=self.chance.random,
+            reverse=ReverseForwards(parse_reverse("1080") if reverse else ()),
         )  # type: ignore[arg-type]  # fmt: skip
+        self.client.egress = egress.Egress(self.reactors["client"], MemoryNursery(self.trio))  # type: ignore[arg-type]
         self.url = SimpleNamespace(authority="server")  # of the dialler, which this is
         self.trio.spawn(self.client.keep_links())
         self.trio.spawn(client_module._sweep(self.client))
@@ -342,8 +355,13 @@ class World:
         link.start(self.reactors["server"], wire.far)  # type: ignore[arg-type]
         return wire.near, b""
 
-    async def dial_target(self, target: Target, _policy: object, *, limiter: object, begun: None) -> tuple[Any, str]:
-        """The server's: to the target."""
+    def failed(self, _error: Exception) -> None:
+        """The client's dialler has but one server."""
+
+    async def dial_target(
+        self, target: Target, _policy: object, *, limiter: object, sources: object, begun: None
+    ) -> tuple[Any, str]:
+        """The egress's: to the target."""
         connection = self.connections[target.port - 1]
         pending = PendingDial(connection)
         self.dials.append(pending)
@@ -370,18 +388,28 @@ class World:
         connection = self.connections[int(stream.target.rpartition(":")[2]) - 1]
         assert stream.outcome is not None
         outcome = stream.outcome[0]
-        connection.outcomes[side].append("repeated" if "used before" in stream.outcome[1] else outcome)
-        (connection.ingress if side == "client" else connection.egress).ended |= outcome != "forbidden"
+        end: Literal["ingress", "egress"] = "egress" if stream.state.egress else "ingress"
+        connection.outcomes[end].append("repeated" if "used before" in stream.outcome[1] else outcome)
+        (connection.egress if stream.state.egress else connection.ingress).ended |= outcome != "forbidden"
         if self.trace:
             self.trace(f"       {side} stream {stream.state.id} of connection {connection.number}: {stream.outcome}")
 
     # --- what can happen ------------------------------------------------------------------------------------------
 
     def open(
-        self, upward: bytes, downward: bytes, *, refuse: bool = False, echo: bool = False, room: int = 8
+        self,
+        upward: bytes,
+        downward: bytes,
+        *,
+        refuse: bool = False,
+        echo: bool = False,
+        room: int = 8,
+        reverse: bool = False,
     ) -> Connection:
-        """An application connects at the client."""
-        connection = Connection(len(self.connections), upward, downward, refuse=refuse)
+        """An application connects at the client; or if `reverse` at the server, where there is a session for it."""
+        session = next(iter(self.server._sessions.values()), None) if reverse else None
+        reverse = session is not None and bool(session.reverse)
+        connection = Connection(len(self.connections), upward, downward, refuse=refuse, reverse=reverse)
         connection.egress.echo = echo
         connection.began = self.reactors["client"].now
         self.connections.append(connection)
@@ -389,7 +417,11 @@ class World:
         connection.ingress.sock = near
         near.incoming.room = room
         target = Target("tcp", "db", connection.number + 1, "")
-        self.client.accepted(far, Forward("127.0.0.1", 1, target))  # type: ignore[arg-type]
+        if reverse:
+            assert session is not None
+            session.ingress.accepted(Wanted(str(target), "192.0.2.1:1", far, forward="1"))  # type: ignore[arg-type]
+        else:
+            self.client.accepted(far, Forward("127.0.0.1", 1, target))  # type: ignore[arg-type]
         self.after()
         return connection
 
@@ -522,9 +554,10 @@ class World:
             client, server = wire.near.handler, wire.far.handler
             if client is not None and server is not None:
                 self._rising(wire, (client.protocol.n, server.protocol.n))
-                idle = client.protocol.state is Exchange.IDLE and client.stream is None
                 # invariant 9
-                assert not idle or client.protocol.n <= server.protocol.n, "the client went on before the server heard"
+                one, other = (server, client) if client.protocol.role == "reverse" else (client, server)
+                idle = one.protocol.state is Exchange.IDLE and one.stream is None
+                assert not idle or one.protocol.n <= other.protocol.n, "who opens went on before the other end heard"
 
     def _rising(self, key: Any, marks: tuple[int, ...]) -> None:
         before = self._marks.get(key, marks)
@@ -566,8 +599,11 @@ class World:
         """Whether no connection is left in the tunnel."""
         return (
             not self.client.streams
-            and not self.client._waiting
-            and not any(session.streams for session in self.server._sessions.values())
+            and not self.client.ingress.waiting
+            and not any(
+                session.streams or session.ingress.waiting or session.ingress.reopening
+                for session in self.server._sessions.values()
+            )
         )
 
     def settle(self, seconds: float = CALM_SECONDS) -> None:
@@ -616,20 +652,20 @@ class World:
 
     def _check_end(self, connection: Connection) -> None:
         ingress, egress = connection.ends
-        client = connection.outcomes["client"]
-        server = [outcome for outcome in connection.outcomes["server"] if outcome != "repeated"]
-        name = f"connection {connection.number}: {client} {server}"
-        if not client and self.reactors["client"].now - connection.began >= OPEN_WAIT_SECONDS:
+        near = connection.outcomes["ingress"]
+        far = [outcome for outcome in connection.outcomes["egress"] if outcome != "repeated"]
+        name = f"connection {connection.number}: {near} {far}"
+        if not near and self.reactors["client"].now - connection.began >= OPEN_WAIT_SECONDS:
             # No link came for it in time.
-            assert not server and ingress.sock is not None and (ingress.aborted or ingress.sock.reset_by_peer), name
+            assert not far and ingress.sock is not None and (ingress.aborted or ingress.sock.reset_by_peer), name
             return
-        assert len(client) == 1, name
-        assert len(server) <= 1, name
+        assert len(near) == 1, name
+        assert len(far) <= 1, name
         if connection.refuse and not ingress.aborted:
-            assert client == server == ["refused"], name
+            assert near == far == ["refused"], name
             assert ingress.sock is not None and ingress.sock.reset_by_peer, name
         elif not (ingress.aborted or egress.aborted):  # invariant 6
-            assert client == server == ["finished"], name
+            assert near == far == ["finished"], name
             assert connection.dialled == 1, name
             assert ingress.end_seen and egress.end_seen, name
             assert bytes(egress.read) == ingress.to_write, name
@@ -645,7 +681,9 @@ class World:
         self.client.stop()
         self.unreachable = True
         quiet = 0.0
-        while (self.client.links or self.server._sessions or self.server._greeting) and quiet < CALM_SECONDS:
+        # Where `bye` has found no control link the server keeps its places for the resume window.
+        patience = CALM_SECONDS + (self.client.resume_window if self.reverse else 0)
+        while (self.client.links or self.server._sessions or self.server._greeting) and quiet < patience:
             if not self.flow():
                 self.tick(0.5)
                 quiet += 0.5
@@ -725,12 +763,13 @@ def installed() -> Iterator[None]:
         "secrets": Secrets,
         "begin_dial": lambda *_: None,
         "dial_target": dial_target,
+        "listen": lambda *_: [],  # who connects is put where a listener would put it
         "boottime": lambda: World.current.reactors["client"].now,
     }
     logger = logging.getLogger("wstunnel")
     level = logger.level
     with ExitStack() as stack:
-        for module in (client_module, client_session, server, server_session):
+        for module in (client_module, client_session, egress, ingress, reverse_server, server, server_session):
             for name, stand_in in stand_ins.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, stand_in))
@@ -757,7 +796,7 @@ def installed() -> Iterator[None]:
 def run(seed: int, *, harm: bool = True, aborts: bool = True, trace: Callable[[str], None] | None = None) -> World:
     """One random schedule, to its end; the seed is all that it depends on."""
     with_trace = trace is not None
-    world = World(seed, idle_links=seed % 3, trace=trace)
+    world = World(seed, idle_links=seed % 3, reverse=seed % 5 == 4, trace=trace)
     chance = world.chance
     to_open = chance.randint(1, 4)
     aborts = aborts and seed % 2 == 0  # half of all are about what must not fail without an application's fault
@@ -773,7 +812,10 @@ def run(seed: int, *, harm: bool = True, aborts: bool = True, trace: Callable[[s
             sizes = [chance.choice([0, 1, 5, WINDOW, 40, 90]) for _ in range(2)]
             up, down = (chance.randbytes(size) for size in sizes)
             refuse, echo = random_float() < 0.12, random_float() < 0.2
-            connection = world.open(up, b"" if echo else down, refuse=refuse, echo=echo, room=chance.randint(1, 40))
+            reverse = world.reverse and random_float() < 0.7
+            connection = world.open(
+                up, b"" if echo else down, refuse=refuse, echo=echo, room=chance.randint(1, 40), reverse=reverse
+            )
             if random_float() < 0.3:  # asks, and says at once that this was all
                 connection.ingress.write(WHOLE)
                 connection.ingress.close_write()

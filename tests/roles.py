@@ -21,20 +21,26 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.memory import MemoryReactor, MemorySocket
 from wstunnel import client as client_module
-from wstunnel import limits
+from wstunnel import egress as egress_module
+from wstunnel import limits, reverse_server
 from wstunnel import server as server_module
 from wstunnel.absence import YOUNG_SECONDS
 from wstunnel.auth import LoginUrl, Token, Users, parse_login_url
 from wstunnel.client_session import ClientSession
 from wstunnel.config import ClientConfig, ServerConfig
-from wstunnel.errors import StreamError, WstunnelError
-from wstunnel.forwards import Forward, parse_forward
+from wstunnel.dial import _permitted_family
+from wstunnel.egress import Egress
+from wstunnel.endpoints.listeners import Bound
+from wstunnel.errors import LocalError, StreamError, WstunnelError
+from wstunnel.forwards import Forward, parse_forward, parse_reverse
 from wstunnel.link import Link
+from wstunnel.policy import Policy, parse_listen_rule
+from wstunnel.reverse_client import ReverseForwards
 from wstunnel.server import Server
 from wstunnel.server_session import ServerSession
 from wstunnel.state import read_announcement
 from wstunnel.stream import Stream
-from wstunnel.targets import Target
+from wstunnel.targets import Target, join_host_port
 from wstunnel.wire.protocol import LinkProtocol
 
 SECONDS = 20.0
@@ -115,7 +121,7 @@ class RunningClient:
 
     @property
     def idle(self) -> int:
-        return len(self.session._idle)
+        return len(self.session.ingress.idle)
 
 
 def invite(state_dir: Path, name: str = "alice") -> str:
@@ -387,6 +393,7 @@ class FakeDialler:
     error: Exception | None = None
     greets: bool = True
     leftover: bytes = b""
+    user: str = "alice"
     url: LoginUrl = field(default_factory=lambda: parse_login_url("ws://127.0.0.1:8080/"))
     begun: list[float] = field(default_factory=list)
     under_way: int = 0
@@ -406,8 +413,48 @@ class FakeDialler:
         near, far = self.world.pair()
         self.ends.append((near, far))
         if self.greets:
-            self.world.serve(far)
+            self.world.serve(far, self.user)
         return near, self.leftover
+
+    def failed(self, _error: Exception) -> None:
+        """There is but one server."""
+
+
+class MemoryListener:
+    """A socket that listens, in memory: `World.arrive` connects to it."""
+
+    family = socket.AF_INET
+
+    def __init__(self, name: str) -> None:
+        MemorySocket._number += 1
+        self._fd = MemorySocket._number
+        self.name = name
+        self.closed = False
+        self.reset_by_peer = False
+        self.backlog: list[NamedSocket] = []
+
+    def fileno(self) -> int:
+        return -1 if self.closed else self._fd
+
+    def getsockname(self) -> tuple[str, int]:
+        host, _, port = self.name.rpartition(":")
+        return host, int(port)
+
+    def readable(self) -> bool:
+        return bool(self.backlog)
+
+    def writable(self) -> bool:
+        return False
+
+    def accept(self) -> tuple[NamedSocket, tuple[str, int]]:
+        assert not self.closed
+        if not self.backlog:
+            raise BlockingIOError(errno.EAGAIN, "again")
+        sock = self.backlog.pop(0)
+        return sock, sock.getpeername()
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class World:
@@ -425,19 +472,22 @@ class World:
         random: Callable[[], float] | None = None,
         resume_window: int = limits.RESUME_WINDOW_SECONDS,
         max_resume_window: int = limits.MAX_RESUME_WINDOW_SECONDS,
+        reverse: Sequence[str] = (),
+        allow_listen: Sequence[str] = (),
     ) -> None:
         self.nursery = nursery
         self.client_reactor = ClockedReactor()
         self.server_reactor = ClockedReactor()
-        self._config = ServerConfig(state_dir=Path("/nonexistent"), max_resume_window=max_resume_window)
+        self._config = ServerConfig(
+            state_dir=Path("/nonexistent"),
+            max_resume_window=max_resume_window,
+            allow_listen=tuple(map(parse_listen_rule, allow_listen)),
+        )
         self.server = self.make_server()
+        self.listeners: dict[str, MemoryListener] = {}
         self.dialler = FakeDialler(self)
-        self.session = ClientSession(
-            self.dialler,
-            self.client_reactor,
-            idle_links=idle_links,
-            resume_window=resume_window,
-            random_float=random or (lambda: 1.0),  # type: ignore[arg-type]
+        self.session = self.make_client(
+            *reverse, dialler=self.dialler, idle_links=idle_links, resume_window=resume_window, random=random
         )
         self.sockets: list[tuple[NamedSocket, NamedSocket]] = []
         self.targets: list[NamedSocket] = []
@@ -446,6 +496,27 @@ class World:
         self.dial_seconds = 0.0
         self.gate: trio.Event | None = None
         self.suspended = 0.0
+
+    def make_client(
+        self,
+        *reverse: str,
+        dialler: FakeDialler | None = None,
+        idle_links: int = 2,
+        resume_window: int = limits.RESUME_WINDOW_SECONDS,
+        random: Callable[[], float] | None = None,
+        **options: bool,
+    ) -> ClientSession:
+        """A client with these reverse forwards. `run` and `warm` are for the world's first one only."""
+        session = ClientSession(
+            dialler or FakeDialler(self),  # type: ignore[arg-type]
+            self.client_reactor,  # type: ignore[arg-type]
+            idle_links=idle_links,
+            resume_window=resume_window,
+            reverse=ReverseForwards([forward for spec in reverse for forward in parse_reverse(spec)], **options),
+            random_float=random or (lambda: 1.0),
+        )
+        session.egress = Egress(self.client_reactor, self.nursery)  # type: ignore[arg-type]
+        return session
 
     def boottime(self) -> float:
         return trio.current_time() + self.suspended
@@ -469,7 +540,10 @@ class World:
         link.start(self.server_reactor, sock)  # type: ignore[arg-type]
         return link
 
-    async def dial_target(self, target: Target, _policy: object, *, limiter: object, begun: None) -> tuple[Any, str]:
+    async def dial_target(
+        self, target: Target, policy: Policy, *, limiter: object, sources: object, begun: None
+    ) -> tuple[Any, str]:
+        _permitted_family(target, policy)
         self.dialled.append(str(target))
         assert isinstance(limiter, trio.CapacityLimiter)
         await trio.sleep(self.dial_seconds)
@@ -487,6 +561,22 @@ class World:
         far.send(data)
         far.outgoing.move(len(data))
         self.session.accepted(near, forwards(spec)[0])  # type: ignore[arg-type]
+        return far
+
+    def listen(self, forward: Forward) -> list[Bound]:
+        """What reverse forwards listen on at the server."""
+        names = [join_host_port(address, forward.port or 40000 + len(self.listeners)) for address in forward.addresses]
+        if used := [name for name in names if name in self.listeners and not self.listeners[name].closed]:
+            raise LocalError(f"cannot listen on {used[0]}: the port is in use")
+        self.listeners |= {name: MemoryListener(name) for name in names}
+        return [Bound(self.listeners[name], name) for name in names]  # type: ignore[arg-type]
+
+    def arrive(self, data: bytes = b"", name: str = "127.0.0.1:8080") -> NamedSocket:
+        """An application connects to a reverse forward, and has sent `data` already. Returns its end."""
+        near, far = self.pair()
+        far.send(data)
+        far.outgoing.move(len(data))
+        self.listeners[name].backlog.append(near)
         return far
 
     def read(self, sock: NamedSocket) -> bytes:
@@ -604,15 +694,16 @@ class World:
 
     @property
     def idle(self) -> int:
-        return len(self.session._idle)
+        return len(self.session.ingress.idle)
 
 
 @pytest.fixture
 def make_world(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
     def make(**options: Any) -> World:
         world = World(nursery, **options)
-        monkeypatch.setattr(server_module, "begin_dial", lambda *_: None)
-        monkeypatch.setattr(server_module, "dial_target", world.dial_target)
+        monkeypatch.setattr(egress_module, "begin_dial", lambda *_: None)
+        monkeypatch.setattr(egress_module, "dial_target", world.dial_target)
+        monkeypatch.setattr(reverse_server, "listen", world.listen)
         # The machine's own clock runs on while a test's stands still: that would look like a suspend.
         monkeypatch.setattr(server_module, "boottime", world.boottime)
         monkeypatch.setattr(client_module, "boottime", world.boottime)

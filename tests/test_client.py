@@ -45,6 +45,7 @@ from wstunnel.errors import (
     TrustError,
     UsageError,
 )
+from wstunnel.forwards import parse_dynamic
 from wstunnel.pool import IDLE_LINKS_MAX, SURPLUS_SECONDS
 from wstunnel.wire.frames import encode_close
 from wstunnel.wire.messages import VERSION, Bye, Hello, Welcome, decode
@@ -106,7 +107,7 @@ class TestOneRoundTrip:
 
     async def test_open_and_early_data_go_out_in_one_write(self, make_world: Make) -> None:
         world = await self.warm(make_world)
-        link = world.session._idle[-1]
+        link = list(world.session.ingress.idle)[-1]
         sock: Any = link.sock
         sock.writes.clear()
         world.connect(b"early")
@@ -116,7 +117,7 @@ class TestOneRoundTrip:
 
     async def test_open_does_not_wait_for_early_data(self, make_world: Make) -> None:
         world = await self.warm(make_world)
-        sock: Any = world.session._idle[-1].sock
+        sock: Any = list(world.session.ingress.idle)[-1].sock
         sock.writes.clear()
         world.connect()
         world.client_reactor.turn_all()
@@ -169,18 +170,18 @@ class TestWarmLinks:
         world = make_world(idle_links=1)
         world.run()
         await trio.sleep(1)
-        (link,) = world.session._idle
+        (link,) = world.session.ingress.idle
         for n in (1, 2, 3):
             before = len(world.session.links)
-            world.session._idle.remove(link)
-            world.session._idle.append(link)  # on top
+            del world.session.ingress.idle[link]
+            world.session.ingress.idle[link] = None  # on top
             far = world.connect(b"x")
-            assert link not in world.session._idle
+            assert link not in world.session.ingress.idle
             await trio.sleep(0.1)
             world.targets[-1].shutdown(socket.SHUT_WR)
             far.shutdown(socket.SHUT_WR)
             await trio.sleep(0.1)
-            assert link in world.session._idle
+            assert link in world.session.ingress.idle
             assert link.protocol.n == n
             assert len(world.session.links) <= before + 1
         assert len(world.dialled) == 3
@@ -242,9 +243,9 @@ class TestWarmLinks:
         assert link is not None
         welcome = Welcome(version=VERSION, server="s" * 22, boot="b" * 22, idle_links=3)
         world.session.message(link, welcome)
-        assert world.session._demand.wanted() == 3
+        assert world.session.ingress.demand.wanted() == 3
         world.session.message(link, Welcome(version=VERSION, server="s" * 22, boot="b" * 22, idle_links=9))
-        assert world.session._demand.wanted() == 5
+        assert world.session.ingress.demand.wanted() == 5
 
     async def test_an_unexpected_message_closes_its_link_only(
         self, make_world: Make, autojump_clock: MockClock
@@ -252,7 +253,7 @@ class TestWarmLinks:
         world = make_world(idle_links=2)
         world.run()
         await trio.sleep(2)
-        link, other = world.session._idle
+        link, other = world.session.ingress.idle
         for server_link in next(iter(world.server._sessions.values())).links:
             if server_link.sock.peer is link.sock:
                 server_link.send(Hello(version=VERSION, session="s" * 22, role="forward"))
@@ -267,7 +268,7 @@ class TestWarmLinks:
         world.run()
         await trio.sleep(2)
         # The server's close frame has come and its end of TCP has not: until then the link is not lost.
-        link = world.session._idle[-1]
+        link = list(world.session.ingress.idle)[-1]
         assert link.sock is not None
         far: Any = link.sock.peer  # type: ignore[attr-defined]
         link._process(encode_close(1001, "going"))
@@ -286,7 +287,7 @@ class TestWarmLinks:
         world.run()
         world.connect(b"x")
         await trio.sleep(1.05)
-        assert len(world.session._waiting) == 1
+        assert len(world.session.ingress.waiting) == 1
         world.dialler.leftover = b""
         world.dialler.greets = True
         await trio.sleep(30 if world.session._absence.retry_at > trio.current_time() + 5 else 5)
@@ -303,7 +304,7 @@ class TestWarmLinks:
         world.run()
         await trio.sleep(0.5)
         assert world.idle == 1
-        assert world.session._idle[0].protocol.greeted
+        assert next(iter(world.session.ingress.idle)).protocol.greeted
 
 
 class TestBackoff:
@@ -464,7 +465,7 @@ class TestWaiting:
         assert (first.reset_by_peer, second.reset_by_peer) == (True, False)
         await trio.sleep(2)
         assert second.reset_by_peer
-        said = lines("connection reset: no link to the server in time")
+        said = lines(f"connection reset: no link to the other end in time: {AWAY}")
         assert [line["target"] for line in said] == ["tcp:db:5432"] * 2
         assert said[0]["peer"].startswith("192.0.2.1:")
 
@@ -483,17 +484,17 @@ class TestWaiting:
         assert [stream.target for stream in world.session.streams.values()] == ["tcp:db:1", "tcp:db:2", "tcp:db:3"]
 
     async def test_too_many_are_reset_at_once(
-        self, make_world: Make, autojump_clock: MockClock, lines: LogLines, monkeypatch: pytest.MonkeyPatch
+        self, make_world: Make, autojump_clock: MockClock, lines: LogLines
     ) -> None:
-        monkeypatch.setattr(limits, "PRINCIPAL_STREAMS", 3)
         world = make_world()
+        world.session.most_streams = 3
         world.run()
         await trio.sleep(1)
         world.connect()
         world.connect()
         await trio.sleep(0.5)
         world.dialler.error = AWAY
-        for link in list(world.session._idle):
+        for link in list(world.session.ingress.idle):
             link.lose("cut")
         waiting = world.connect()
         refused = world.connect()
@@ -878,6 +879,52 @@ class TestBinding:
             await client_module.run(config, shutdown=trio.Event())
 
 
+class TestApplicationsThatSayNothing:
+    """At `-D` and `--http-proxy`, where connections are negotiated with first."""
+
+    SOCKS = parse_dynamic("0", "socks")
+
+    async def test_they_take_a_sixteenth_of_the_descriptors_at_most(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(client_module.descriptors, "raise_limit", lambda: 2 * limits.HANDSHAKES_DIVISOR)
+        async with serving(tmp_path) as server, connecting(server.url, local_forwards=(self.SOCKS,)) as client:
+            silent = []
+            for _ in range(3):
+                silent.append(await application(client.ports[0]))
+                await wait_all_tasks_blocked(0.01)
+            with trio.fail_after(5):
+                assert await silent[0].receive_some() == b""
+            await silent[1].send_all(b"\x05\x01\x00")
+            assert await silent[1].receive_some(2) == b"\x05\x00"
+            for each in silent:
+                await each.aclose()
+
+    def test_links_take_their_part_at_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(client_module.descriptors, "raise_limit", lambda: 100)
+        config = ClientConfig(url=LoginUrl("ws", "127.0.0.1", 1, "/", Token.new()))
+        session, _ = client_module.make_session(config)
+        assert session._most_links() == 46
+
+    async def test_one_goes_when_no_descriptor_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        exhausted: list[Callable[[], None]] = []
+        real = tcp.Listener
+
+        def listener(sock: socket.socket, accepted: Any, given: Callable[[], None]) -> tcp.Listener:
+            exhausted.append(given)
+            return real(sock, accepted, given)
+
+        async with serving(tmp_path) as server:
+            monkeypatch.setattr(tcp, "Listener", listener)
+            async with connecting(server.url, local_forwards=(self.SOCKS,)) as client:
+                silent = await application(client.ports[0])
+                await wait_all_tasks_blocked(0.01)
+                exhausted[0]()
+                with trio.fail_after(5):
+                    assert await silent.receive_some() == b""
+                await silent.aclose()
+
+
 class TestRefusedTargets:
     async def test_each_is_told_apart_and_resets_the_connection(self, tmp_path: Path, lines: LogLines) -> None:
         closed = free_port()
@@ -929,7 +976,7 @@ class TestEnd:
         url = LoginUrl("ws", "127.0.0.1", free_port(), "/", Token.new())
         async with connecting(url, "0:127.0.0.1:1") as client:
             stream = await application(client.ports[0])
-            await until(lambda: client.session._waiting)
+            await until(lambda: client.session.ingress.waiting)
             client.shutdown.set()
             assert await reset_code(stream) == "reset"
             await stream.aclose()
@@ -970,7 +1017,7 @@ class TestEnd:
                 async with connecting(url, f"0:127.0.0.1:{port}", resume_window=window) as client:
                     near += [await application(client.ports[0]) for _ in range(5)]
                     if away:
-                        await until(lambda: len(client.session._waiting) == 5)
+                        await until(lambda: len(client.session.ingress.waiting) == 5)
                     else:
                         await until(
                             lambda: (
@@ -1030,7 +1077,7 @@ class TestNothingIsLeft:
                 (session,) = server.sessions()
                 assert len(client.session.links) == len(session.links) <= IDLE_LINKS_MAX + 2
                 assert egress.accepted == 2000
-                assert not client.session._waiting
+                assert not client.session.ingress.waiting
                 assert not client.session._moved
                 assert not client.session._half_closed
                 assert client.session.principal.budget.held == session.principal.budget.held == 0

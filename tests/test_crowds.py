@@ -36,7 +36,7 @@ async def surplus(world: World, count: int = 30) -> None:
     await world.settle()
     await trio.sleep(20)  # the peak fades
     assert not world.session.streams
-    assert world.idle > world.session._demand.wanted()
+    assert world.idle > world.session.ingress.demand.wanted()
 
 
 class TestDials:

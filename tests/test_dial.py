@@ -22,10 +22,11 @@ from wstunnel.dial import (
     dial_server,
     dial_target,
     is_local_address,
+    source_addresses,
 )
-from wstunnel.errors import NetworkError, StreamError
+from wstunnel.errors import LocalError, NetworkError, StreamError
 from wstunnel.policy import Policy, parse_rule
-from wstunnel.targets import join_host_port, parse_target
+from wstunnel.targets import Target, join_host_port, parse_target
 
 OPEN = Policy([], own_sockets=[], is_local=lambda ip: False)
 
@@ -406,8 +407,10 @@ class TestBeginDial:
     @pytest.mark.parametrize(
         ("target", "policy"),
         [
-            ("udp:127.0.0.1:53", rules("*:*")),
-            ("unix:/run/x", rules("unix:/run/x")),
+            ("udp:127.0.0.1:53", rules("tcp:*:*")),
+            ("udp:169.254.169.254:53", OPEN),
+            ("unix:/run/x", OPEN),
+            ("unix:/run/x", rules("unix:/run/y", "*:*")),
             ("169.254.169.254:80", OPEN),
             ("[::ffff:169.254.169.254]:80", OPEN),
             ("127.0.0.1:80", rules("10.0.0.0/8:*")),
@@ -539,10 +542,10 @@ class TestBeginDial:
 
 
 class TestPolicy:
-    @pytest.mark.parametrize("target", ["udp:db:53", "unix:/run/x", "udp:127.0.0.1:53"])
-    async def test_tcp_only(self, target: str) -> None:
-        with pytest.raises(StreamError, match="this server tunnels TCP only") as caught:
-            await dial_target(parse_target(target), rules("*:*", "unix:/run/x"), limiter=None, resolve=unresolved)
+    @pytest.mark.parametrize("target", ["udp:db:53", "udp:127.0.0.1:53"])
+    async def test_rules_for_tcp_are_not_for_udp(self, target: str) -> None:
+        with pytest.raises(StreamError, match="the server's policy does not allow udp:") as caught:
+            await dial_target(parse_target(target), rules("tcp:*:*", "unix:/run/x"), limiter=None, resolve=unresolved)
         assert caught.value.code == "forbidden"
 
     @pytest.mark.parametrize(
@@ -884,3 +887,61 @@ class TestLocalAddresses:
     def test_when_in_doubt_yes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, "socket", none_left)
         assert is_local_address("192.0.2.1")
+
+
+class TestSources:
+    """Where connections to targets come from."""
+
+    @pytest.fixture
+    def listener(self) -> Iterator[socket.socket]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            yield listener
+
+    def test_one_of_a_family(self) -> None:
+        assert source_addresses(()) == {}
+        assert source_addresses(("127.0.0.2",)) == {socket.AF_INET: "127.0.0.2"}
+        with pytest.raises(LocalError, match="of one family"):
+            source_addresses(("127.0.0.2", "127.0.0.3"))
+
+    def test_it_must_be_this_machines(self) -> None:
+        with pytest.raises(LocalError, match=r"cannot come from 192\.0\.2\.77: "):
+            source_addresses(("192.0.2.77",))
+
+    @pytest.mark.parametrize("named", [True, False])
+    async def test_tcp(self, listener: socket.socket, named: bool) -> None:
+        sources = source_addresses(("127.0.0.2",))
+        target = Target("tcp", "name" if named else "127.0.0.1", listener.getsockname()[1], "")
+        if named:
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", listener.getsockname())]
+            sock, _ = await dial_target(target, OPEN, limiter=None, resolve=lambda *_, **__: found, sources=sources)
+        else:
+            begun = begin_dial(target, OPEN, sources)
+            assert begun is not None
+            sock = await begun.finish()
+        with sock, listener.accept()[0] as accepted:
+            assert accepted.getpeername()[0] == "127.0.0.2"
+
+    async def test_udp(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as target:
+            target.bind(("127.0.0.1", 0))
+            begun = begin_dial(
+                Target("udp", "127.0.0.1", target.getsockname()[1], ""), OPEN, source_addresses(("127.0.0.2",))
+            )
+            assert begun is not None
+            with begun.sock as sock:
+                sock.send(b"x")
+                assert target.recvfrom(10)[1][0] == "127.0.0.2"
+
+    async def test_the_other_family_is_left_to_the_kernel(self, listener: socket.socket) -> None:
+        begun = begin_dial(
+            Target("tcp", "127.0.0.1", listener.getsockname()[1], ""), OPEN, {socket.AF_INET6: "2001:db8::1"}
+        )
+        assert begun is not None
+        with await begun.finish(), listener.accept()[0] as accepted:
+            assert accepted.getpeername()[0] == "127.0.0.1"
+
+    async def test_what_cannot_be_bound_any_more_is_unreachable(self, listener: socket.socket) -> None:
+        target = Target("tcp", "127.0.0.1", listener.getsockname()[1], "")
+        with pytest.raises(StreamError) as caught:
+            begin_dial(target, OPEN, {socket.AF_INET: "192.0.2.77"})
+        assert caught.value.code == "unreachable"

@@ -7,12 +7,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wstunnel.errors import UsageError
-from wstunnel.forwards import RANGE_PORTS, Forward, parse_forward
+from wstunnel.forwards import (
+    RANGE_PORTS,
+    Forward,
+    listen_text,
+    merge_dynamic,
+    parse_dynamic,
+    parse_forward,
+    parse_listen,
+    parse_reverse,
+)
 from wstunnel.targets import Target
+
+
+def unix(path: str) -> Target:
+    return Target("unix", "", 0, path)
 
 
 def tcp(host: str, port: int) -> Target:
     return Target("tcp", host, port, "")
+
+
+def udp(host: str, port: int) -> Target:
+    return Target("udp", host, port, "")
 
 
 @pytest.mark.parametrize(
@@ -33,10 +50,59 @@ def tcp(host: str, port: int) -> Target:
         ("5432:Bücher.example:5432", Forward("127.0.0.1", 5432, tcp("xn--bcher-kva.example", 5432))),
         ("8000-8000:db:9000", Forward("127.0.0.1", 8000, tcp("db", 9000))),
         ("5432:80:5432", Forward("127.0.0.1", 5432, tcp("80", 5432))),
+        ("5432:/run/x.sock", Forward("127.0.0.1", 5432, unix("/run/x.sock"))),
+        ("5432:unix:/run/x.sock", Forward("127.0.0.1", 5432, unix("/run/x.sock"))),
+        ("[::1]:5432:/run/udp", Forward("::1", 5432, unix("/run/udp"))),
+        ("5353:9.9.9.9:53/udp", Forward("127.0.0.1", 5353, udp("9.9.9.9", 53), udp=True)),
+        ("*:5353:[::1]:53/udp", Forward("*", 5353, udp("::1", 53), udp=True)),
+        ("/run/x.sock:db:5432", Forward("", 0, tcp("db", 5432), path="/run/x.sock")),
+        ("/run/x.sock:[::1]:5432;mode=0660", Forward("", 0, tcp("::1", 5432), path="/run/x.sock", mode=0o660)),
+        ("/a:/b;mode=666;proxy=v1", Forward("", 0, unix("/b"), path="/a", mode=0o666, proxy=1)),
+        ("5432:db:5432;proxy=v2", Forward("127.0.0.1", 5432, tcp("db", 5432), proxy=2)),
+        ("5900:ws-raw", Forward("127.0.0.1", 5900, raw=True)),
+        ("*:0:ws-raw", Forward("*", 0, raw=True)),
+        ("/run/x.sock:ws-raw;mode=666", Forward("", 0, path="/run/x.sock", mode=0o666, raw=True)),
     ],
 )
 def test_reads_one(spec: str, forward: Forward) -> None:
     assert parse_forward(spec) == (forward,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "offset", "message"),
+    [
+        ("/run/x.sock:db:53/udp", 17, "UDP has no Unix sockets here"),
+        ("53:db:53/udp;proxy=v1", 12, "a PROXY header goes before a TCP stream, not UDP"),
+        ("53:db/udp", 9, "the target's port is missing"),
+        ("53:db:x/udp", 6, "1 to 65535"),
+    ],
+)
+def test_what_udp_has_not(spec: str, offset: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        parse_forward(spec)
+    assert raised.value.position == offset
+
+
+def test_ranges_of_udp() -> None:
+    forwards = parse_forward("5000-5002:db:53-55/udp")
+    assert [(forward.port, str(forward.target), forward.kind) for forward in forwards] == [
+        (5000, "udp:db:53", "udp"),
+        (5001, "udp:db:54", "udp"),
+        (5002, "udp:db:55", "udp"),
+    ]
+    assert str(forwards[0]) == "127.0.0.1:5000 -> udp:db:53"
+    assert parse_listen(listen_text(forwards[0])).udp
+
+
+@pytest.mark.parametrize("spec", ["5900:ws-raw/udp", "5900:ws-raw;proxy=v2", "/run/x.sock:ws-raw;proxy=v1"])
+def test_ws_raw_is_for_streams_and_has_no_header(spec: str) -> None:
+    with pytest.raises(UsageError, match="ws-raw takes"):
+        parse_forward(spec)
+
+
+def test_ws_raw_has_no_place_at_the_server() -> None:
+    with pytest.raises(UsageError, match="for -L only"):
+        parse_reverse("5900:ws-raw")
 
 
 @pytest.mark.parametrize("bind", ["", "[::1]:", "*:"])
@@ -109,12 +175,18 @@ def test_text_of_a_forward() -> None:
         ("5432:*:5432", 5, "'*'"),
         ("5432:[::1]x:5432", 5, "not closed"),
         ("5432:http://db:80", 9, "URL"),
-        # not yet
-        ("5432:db:5432/udp", 12, "UDP is not supported yet in -L"),
-        ("5432:/run/x.sock", 5, "Unix sockets are not supported yet in -L"),
-        ("/run/x.sock:db:5432", 0, "Unix sockets are not supported yet in -L"),
-        ("5432:unix:/run/x.sock", 10, "Unix sockets are not supported yet in -L"),
-        ("5432:db:5432;proxy=v2", 12, "PROXY headers are not supported yet in -L"),
+        # Unix sockets
+        ("5432:/run/../x.sock", 10, "without '//'"),
+        ("/run/x.sock", 11, "the target is missing"),
+        ("/run/x.sock:db", 14, "target's port is missing"),
+        ("/run/x.sock:db:5432:1", 20, "field too many"),
+        ("8000-8001:/run/x.sock", 10, "not to one Unix socket"),
+        ("/run/x.sock:8000:/run/y.sock", 17, "1 to 65535"),
+        # options
+        ("5432:db:5432;proxy=v3", 13, "after ';' comes proxy=v1"),
+        ("5432:db:5432;", 13, "after ';' comes proxy=v1"),
+        ("/x:db:5432;proxy=v1;mode=9", 20, "after ';' comes proxy=v1"),
+        ("5432:db:5432;mode=600", 12, "mode is for a Unix socket"),
     ],
 )
 def test_refuses_and_points_at_the_part(spec: str, position: int, message: str) -> None:
@@ -138,3 +210,89 @@ def test_any_text_gives_forwards_or_a_usage_error(spec: str) -> None:
         assert 0 <= error.position <= len(spec)
         return
     assert 1 <= len(forwards) <= RANGE_PORTS
+
+
+# --- dynamic and reverse --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "bind", "port"),
+    [("1080", "127.0.0.1", 1080), ("0", "127.0.0.1", 0), ("*:1080", "*", 1080), ("[::1]:1080", "::1", 1080)],
+)
+def test_a_dynamic_forward_has_a_place_and_no_target(spec: str, bind: str, port: int) -> None:
+    assert parse_dynamic(spec, "http") == Forward(bind, port, speaks=("http",))
+    assert parse_reverse(spec) == (Forward(bind, port, speaks=("socks",)),)
+
+
+@pytest.mark.parametrize(
+    ("spec", "position", "message"),
+    [
+        ("1080:db:80", 8, "application names the target"),
+        ("x", 0, "1 to 65535"),
+        ("1080-1081", 0, "one port only"),
+        ("db:1080", 0, "BIND is an IP address"),
+    ],
+)
+def test_a_dynamic_forward_refuses(spec: str, position: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_dynamic(spec, "socks")
+    assert caught.value.position == position
+    assert "[BIND:]PORT" in str(caught.value)
+
+
+def test_a_reverse_forward_reads_as_a_local_one() -> None:
+    assert parse_reverse("*:8000-8001:web:80-81;proxy=v1") == parse_forward("*:8000-8001:web:80-81;proxy=v1")
+    with pytest.raises(UsageError, match="target's port is missing") as caught:
+        parse_reverse("8080:web")
+    assert "alone for a SOCKS proxy" in str(caught.value)
+
+
+def test_the_same_port_as_both_proxies_is_one_that_tells_them_apart() -> None:
+    forwards = (parse_dynamic("1080", "socks"), parse_dynamic("1081", "http"), parse_dynamic("1080", "http"))
+    assert merge_dynamic(forwards) == (
+        Forward("127.0.0.1", 1080, speaks=("socks", "http")),
+        Forward("127.0.0.1", 1081, speaks=("http",)),
+    )
+    assert [forward.whither for forward in merge_dynamic(forwards)] == ["SOCKS/HTTP proxy", "HTTP proxy"]
+
+
+def test_two_free_ports_are_two() -> None:
+    both = (parse_dynamic("0", "socks"), parse_dynamic("0", "http"))
+    assert merge_dynamic(both) == both
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("8080:web:80", "tcp:127.0.0.1:8080"),
+        ("*:0:web:80;proxy=v2", "tcp:*:0"),
+        ("[::1]:8080:/run/x", "tcp:[::1]:8080"),
+        ("/run/x:web:80;mode=660", "unix:/run/x;mode=660"),
+        ("localhost:1080", "socks:localhost:1080"),
+    ],
+)
+def test_what_the_server_is_asked_for_says_where_and_not_where_to(spec: str, text: str) -> None:
+    forward = parse_reverse(spec)[0]
+    assert listen_text(forward) == text
+    heard = parse_listen(text)
+    assert (heard.kind, heard.where, heard.mode, heard.speaks) == (
+        forward.kind, forward.where, forward.mode, forward.speaks,
+    )  # fmt: skip
+    assert heard.target is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8080", "tcp:8080", "sctp:*:1", "tcp:x:1", "tcp:*:1-2", "unix:x", "unix:/x;mode=9", "tcp:*:1:db:1"]
+)
+def test_a_peers_place_is_refused_where_it_is_none(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_listen(text)
+
+
+@given(st.text(st.sampled_from("tcpsocksudpunix1:/;mode=.*[]- "), max_size=32))
+def test_any_place_of_a_peer_is_read_or_a_usage_error(text: str) -> None:
+    try:
+        forward = parse_listen(text)
+    except UsageError:
+        return
+    assert parse_listen(listen_text(forward)) == forward

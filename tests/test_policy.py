@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wstunnel.errors import UsageError
-from wstunnel.policy import NameVerdict, Policy, denial, parse_rule
+from wstunnel.forwards import parse_reverse
+from wstunnel.policy import NameVerdict, Policy, denial, exactly, may_listen, parse_listen_rule, parse_rule
 from wstunnel.targets import parse_target
 
 
@@ -371,3 +372,58 @@ def test_any_text_gives_a_rule_or_a_usage_error(text: str) -> None:
         assert 0 <= error.position <= len(text)
         return
     assert 1 <= rule.low <= rule.high <= 65535
+
+
+class TestExactly:
+    """A rule for what a user named at this end."""
+
+    @pytest.mark.parametrize(
+        ("text", "other"),
+        [
+            ("unix:/run/a[1]*?.sock", "unix:/run/a1xy.sock"),
+            ("tcp:db:5432", "tcp:db:5433"),
+            ("tcp:db:5432", "tcp:db2:5432"),
+            ("tcp:169.254.169.254:80", "tcp:169.254.169.253:80"),
+            ("udp:db:53", "tcp:db:53"),
+        ],
+    )
+    def test_it_allows_that_target_and_no_other(self, text: str, other: str) -> None:
+        policy = Policy((exactly(parse_target(text)),), own_sockets=(), is_local=lambda _: False)
+        assert policy.names(parse_target(text)) is NameVerdict.ALLOWED
+        assert policy.names(parse_target(other)) is NameVerdict.REFUSED
+
+
+class TestListenRules:
+    @pytest.mark.parametrize(
+        ("rule", "covered", "refused"),
+        [
+            (
+                "8080",
+                ["8080:h:1", "127.0.0.1:8080:h:1"],
+                ["8081:h:1", "*:8080:h:1", "[::1]:8080:h:1", "0:h:1", "/x:h:1"],
+            ),
+            ("8000-8010", ["8000:h:1", "8010"], ["7999:h:1", "8011"]),
+            ("*", ["1:h:1", "65535", "0:h:1"], ["*:1:h:1", "localhost:1:h:1", "/x:h:1"]),
+            ("localhost:*", ["localhost:1:h:1", "[::1]:1:h:1", "1:h:1"], ["*:1:h:1", "10.0.0.1:1:h:1"]),
+            ("[::1]:1-2", ["[::1]:2:h:1"], ["1:h:1", "localhost:1:h:1"]),
+            ("10.0.0.1:80", ["10.0.0.1:80:h:1"], ["80:h:1", "*:80:h:1"]),
+            ("*:80", ["*:80:h:1", "80:h:1", "[::1]:80:h:1"], ["*:81:h:1", "*:0:h:1"]),
+            ("unix:/run/t/*.sock", ["/run/t/a.sock:h:1"], ["/run/t/a:h:1", "/run/t/b/a.sock:h:1", "1:h:1"]),
+        ],
+    )
+    def test_what_a_rule_covers(self, rule: str, covered: list[str], refused: list[str]) -> None:
+        rules = [parse_listen_rule(rule)]
+        assert [spec for spec in (*covered, *refused) if may_listen(rules, parse_reverse(spec)[0])] == covered
+
+    def test_without_rules_nothing_may_be_had(self) -> None:
+        assert not may_listen([], parse_reverse("8080:h:1")[0])
+
+    @pytest.mark.parametrize(
+        ("text", "position"),
+        [("", 0), ("x", 0), ("db:80", 0), ("0", 0), ("9-1", 0), ("[::1]", 0), ("1:2:3", None), ("unix:x", 5)],
+    )
+    def test_mistakes_point_at_the_part(self, text: str, position: int | None) -> None:
+        with pytest.raises(UsageError) as caught:
+            parse_listen_rule(text)
+        assert position is None or caught.value.position == position
+        assert "[ADDR:]PORT" in str(caught.value)

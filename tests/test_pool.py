@@ -61,7 +61,8 @@ class TestDemand:
 class TestLinksToDial:
     @staticmethod
     def dials(*, wanted: int = 0, idle: int = 0, waiting: int = 0, dialling: int = 0, total: int = 0) -> int:
-        return links_to_dial(wanted=wanted, idle=idle, waiting=waiting, dialling=dialling, total=total)
+        most = limits.PRINCIPAL_LINKS
+        return links_to_dial(wanted=wanted, idle=idle, waiting=waiting, dialling=dialling, total=total, most=most)
 
     def test_what_is_missing(self) -> None:
         assert self.dials() == 0
@@ -92,6 +93,9 @@ class TestLinksToDial:
         assert self.dials(wanted=5, dialling=1, total=limits.PRINCIPAL_LINKS - 2) == 1
         assert self.dials(wanted=5, total=limits.PRINCIPAL_LINKS + 1) == 0
 
+    def test_no_more_than_there_are_descriptors_for(self) -> None:
+        assert links_to_dial(wanted=5, idle=0, waiting=9, dialling=1, total=3, most=6) == 2
+
     @given(*[st.integers(0, 100)] * 4)
     @settings(derandomize=True, deadline=None)
     def test_dialling_again_and_again_ends_at_what_is_wanted(
@@ -101,7 +105,7 @@ class TestLinksToDial:
             idle += dialling
             served = min(idle, waiting)
             idle, waiting = idle - served, waiting - served
-            dialling = links_to_dial(wanted=wanted, idle=idle, waiting=waiting, dialling=0, total=idle)
+            dialling = links_to_dial(wanted=wanted, idle=idle, waiting=waiting, dialling=0, total=idle, most=1000)
             assert 0 <= dialling <= limits.DIALS_AT_ONCE
         assert waiting == 0
         assert dialling == 0

@@ -90,6 +90,7 @@ def left_nothing(world: World) -> None:
     for session in (world.session, *world.server._sessions.values()):
         assert not session.streams and not session._detached
         assert session.principal.detached == session.principal.streams == 0
+        assert session.principal.accepted == session.principal.waiting == 0
         assert session.principal.budget.held == 0
     assert not world.session._recovery and not world.session._recovery._cases
     handlers = [*world.client_reactor.handlers, *world.server_reactor.handlers]
@@ -965,7 +966,7 @@ class TestDrain:
         waiting = world.connect(b"early")
         app.send(b"y")
         await trio.sleep(0.03)
-        assert len(world.session._waiting) == 1 and len(world.dialled) == 1
+        assert len(world.session.ingress.waiting) == 1 and len(world.dialled) == 1
         assert near.link is not None and world.read(target) == b"xy", "the streams that it has go on"
         # The next server takes over: what waited is served by it, what ran on the old one is reset.
         world.make_server()
@@ -1157,7 +1158,7 @@ class TestSilence:
         app = world.connect(b"x")
         await trio.sleep(5)
         near = world.near_stream()
-        idle = list(world.session._idle)
+        idle = list(world.session.ingress.idle)
         silent = near.link
         world.freeze(silent)
         app.send(b"y")
@@ -1175,7 +1176,7 @@ class TestSilence:
         await world.settle()
         target.send(b"y")
         await world.settle()
-        known = list(world.session._idle)
+        known = list(world.session.ingress.idle)
         assert known and all(link.last_received < near.link.last_received for link in known)
         world.freeze(near.link)
         near.link.lose("gone", silent=silent)
@@ -1189,7 +1190,7 @@ class TestSilence:
         world = make_world(idle_links=3)
         world.run()
         await trio.sleep(5)
-        silent = world.session._idle[1]
+        silent = list(world.session.ingress.idle)[1]
         world.freeze(silent)
         await trio.sleep(26)
         assert silent not in world.session.links
@@ -1400,5 +1401,8 @@ def hold_down(client: Any) -> None:
 
         async def dial(self) -> Any:
             raise AWAY
+
+        def failed(self, _error: Exception) -> None:
+            pass
 
     client.session._dialler = Away()

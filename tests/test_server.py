@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from tests.roles import (  # lines, make_world and raises are fixtures
     tcp_pair,
     until,
 )
+from wstunnel import egress as egress_module
 from wstunnel import limits, sockets, tls
 from wstunnel import server as server_module
 from wstunnel.auth import Token, Users
@@ -35,6 +37,8 @@ from wstunnel.config import ServerConfig
 from wstunnel.dial import Begun
 from wstunnel.endpoints import tcp
 from wstunnel.errors import LocalError, ProtocolError, StreamError
+from wstunnel.forwards import Forward
+from wstunnel.reverse_server import Place
 from wstunnel.server import Server
 from wstunnel.state import read_announcement
 from wstunnel.stream import Stream
@@ -181,12 +185,13 @@ class TestGreeting:
         assert peer.closed == (1008, f"version {VERSION + 1} is not spoken here, only {VERSION}")
         assert not world.server._sessions
 
-    async def test_a_reverse_link_is_refused(self, make_world: Make) -> None:
+    async def test_a_reverse_link_is_parked(self, make_world: Make) -> None:
         world = make_world()
         peer = Peer(world)
-        assert await peer.send(hello("reverse")) == []
-        assert peer.closed == (1008, "reverse links are not offered")
-        assert not world.server._sessions
+        (welcome,) = await peer.send(hello("reverse"))
+        assert isinstance(welcome, Welcome)
+        (session,) = world.server._sessions.values()
+        assert list(session.ingress.idle) == [peer.link]
 
     async def test_who_says_nothing_is_closed_after_ten_seconds(
         self, make_world: Make, autojump_clock: MockClock
@@ -225,8 +230,9 @@ class TestGreeting:
         assert {name: principal.streams for name, principal in principals.items()} == {"alice": 1, "bob": 1}
         assert {name: principal.links for name, principal in principals.items()} == {"alice": 2, "bob": 1}
         assert principals["alice"].budget is not principals["bob"].budget
-        assert world.server.limiter(principals["alice"]) is not world.server.limiter(principals["bob"])
-        assert world.server.limiter(principals["bob"]) is world.server.limiter(principals["bob"])
+        limiter = world.server.egress.limiter
+        assert limiter("alice") is not limiter("bob")
+        assert limiter("bob") is limiter("bob")
         await peers[2].send(Reset(n=1, code="reset"))
         await peers[2].send(opening(2, n=2))
         assert [line["principal"] for line in lines("stream opened")] == ["alice", "bob", "bob"]
@@ -370,7 +376,7 @@ class TestOpen:
             raise AssertionError("nobody wants the target any more")
 
         world = make_world()
-        monkeypatch.setattr(server_module, "begin_dial", too_late)
+        monkeypatch.setattr(egress_module, "begin_dial", too_late)
         await Peer(world).send(hello(), opening(1), Reset(n=1, code="reset"))
         assert not world.dialled
         assert not world.server._principals["alice"].streams
@@ -387,7 +393,7 @@ class TestOpen:
         if refusal is not None:
             refusal.add_note("the reason in full")
 
-        def begin(_target: object, policy: object) -> Begun:
+        def begin(_target: object, policy: object, sources: object) -> Begun:
             assert policy is world.server.policy
             if refusal is not None:
                 raise refusal
@@ -396,8 +402,8 @@ class TestOpen:
         def no_task(*_: object) -> None:
             raise AssertionError("a task costs more than the dial")
 
-        monkeypatch.setattr(server_module, "begin_dial", begin)
-        monkeypatch.setattr(world.server, "_await_dial", no_task)
+        monkeypatch.setattr(egress_module, "begin_dial", begin)
+        monkeypatch.setattr(world.server.egress, "_await_dial", no_task)
         peer = Peer(world)
         answers = await peer.send(hello(), opening(1), data(b"early"))
         if refusal is None:
@@ -415,13 +421,13 @@ class TestOpen:
         begun = Begun(near, ("10.0.0.5", 5432), done=False)  # type: ignore[arg-type]
         handed: list[Begun | None] = []
 
-        async def go_on(*_: object, limiter: object, begun: Begun | None) -> tuple[object, str]:
+        async def go_on(*_: object, limiter: object, sources: object, begun: Begun | None) -> tuple[object, str]:
             handed.append(begun)
             await trio.lowlevel.checkpoint()
             return near, "10.0.0.5:5432"
 
-        monkeypatch.setattr(server_module, "begin_dial", lambda *_: begun)
-        monkeypatch.setattr(server_module, "dial_target", go_on)
+        monkeypatch.setattr(egress_module, "begin_dial", lambda *_: begun)
+        monkeypatch.setattr(egress_module, "dial_target", go_on)
         answers = await Peer(world).send(hello(), opening(1), data(b"early"))
         assert handed == [begun]
         assert Opened(n=1, address="10.0.0.5:5432") in answers
@@ -435,7 +441,7 @@ class TestOpen:
             raise KeyError("a fault")
 
         world = make_world()
-        monkeypatch.setattr(Stream if where == "connected" else server_module, where, fault)
+        monkeypatch.setattr(Stream if where == "connected" else egress_module, where, fault)
         peer = Peer(world)
         answers = await peer.send(hello(), opening(1))
         assert Reset(n=1, code="internal", message="internal error: KeyError") in answers
@@ -488,7 +494,7 @@ class TestLimits:
             answers = await peer.send(hello(), opening(number))
             full = Reset(n=1, code="limit", message="too many streams")
             assert (full in answers) is (number == streams)
-        assert world.server._links_of("alice") == streams + 1, "links are refused before their upgrade"
+        assert world.server.links_of("alice") == streams + 1, "links are refused before their upgrade"
 
     async def test_links_get_the_same_part(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: LogLines
@@ -825,15 +831,21 @@ class TestStrangers:
             assert [type(message) for message in stranger.messages[:2]] == [Welcome, Opened]
             await stranger.close()
 
-    @pytest.mark.parametrize("target", ["udp:127.0.0.1:53", "unix:/run/x.sock"])
-    async def test_other_kinds_of_targets_are_forbidden(self, tmp_path: Path, target: str) -> None:
+    @pytest.mark.parametrize(
+        ("target", "message"),
+        [
+            ("udp:127.0.0.1:53", "a client without the feature `udp` cannot ask for datagrams"),
+            ("unix:/run/x.sock", "the server's policy does not allow unix:/run/x.sock"),
+        ],
+    )
+    async def test_other_kinds_of_targets_are_forbidden(self, tmp_path: Path, target: str, message: str) -> None:
         async with serving(tmp_path) as server:
             stranger = await Stranger.connect(server.port)
             await stranger.upgrade(server.token)
             await stranger.send(text(hello()) + text(opening(1, target=target)))
             while not any(isinstance(message, Reset) for message in stranger.messages):
                 assert await stranger.receive()
-            assert stranger.messages[-1] == Reset(n=1, code="forbidden", message="this server tunnels TCP only")
+            assert stranger.messages[-1] == Reset(n=1, code="forbidden", message=message)
             await stranger.close()
 
 
@@ -871,6 +883,64 @@ class TestCrowd:
             assert await self.gone(strangers[0])
             for stranger in strangers:
                 await stranger.close()
+
+    async def test_so_do_negotiations_at_one_users_reverse_proxies_and_other_users_have_their_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(server_module.descriptors, "raise_limit", lambda: 2 * limits.HANDSHAKES_DIVISOR)
+        async with serving(tmp_path) as server:
+            applications = [self.negotiate(server.server, name) for name in ("ann", "eve", "eve", "eve")]
+            await wait_all_tasks_blocked(0.01)
+            assert [self.is_open(each) for each in applications] == [True, False, True, True]
+            for each in applications:
+                each.close()
+
+    async def test_without_descriptors_both_give_one_back(self, tmp_path: Path) -> None:
+        async with serving(tmp_path) as server:
+            strangers = [await Stranger.connect(server.port) for _ in range(2)]
+            await until(lambda: len(server.server._handshakes) == 2)
+            applications = [self.negotiate(server.server, "ann") for _ in range(2)]
+            server.server.drop_oldest()
+            assert await self.gone(strangers[0])
+            await wait_all_tasks_blocked(0.01)
+            assert [self.is_open(each) for each in applications] == [False, True]
+            assert len(server.server._handshakes) == 1
+            for stranger in strangers:
+                await stranger.close()
+            for each in applications:
+                each.close()
+
+    async def test_when_handshakes_are_too_many_no_negotiation_has_to_go(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(limits, "HANDSHAKES", 1)
+        async with serving(tmp_path) as server:
+            application = self.negotiate(server.server, "ann")
+            strangers = []
+            for _ in range(2):
+                strangers.append(await Stranger.connect(server.port))
+                await wait_all_tasks_blocked(0.01)
+            assert await self.gone(strangers[0])
+            assert self.is_open(application)
+            for stranger in strangers:
+                await stranger.close()
+            application.close()
+
+    def negotiate(self, server: Server, name: str) -> socket.socket:
+        """An application that connects to a reverse SOCKS forward of this user, and says nothing. Returns its end."""
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        far.setblocking(False)
+        session = SimpleNamespace(principal=SimpleNamespace(name=name))
+        owner: Any = SimpleNamespace(_session=session)
+        server.negotiate(Place(owner, "1", Forward("127.0.0.1", 1080, speaks=("socks",)), []), near)
+        return far
+
+    def is_open(self, sock: socket.socket) -> bool:
+        try:
+            return bool(sock.recv(1))
+        except BlockingIOError:
+            return True
 
     async def test_refused_ones_that_linger_count_too(self, tmp_path: Path, mock_clock: MockClock) -> None:
         # The clock stands still, so a refused connection lingers until its other end closes.

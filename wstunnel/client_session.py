@@ -7,24 +7,26 @@ import os
 import random
 import secrets
 import socket
-from collections import deque
 from collections.abc import Callable
-from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
 
 import trio
 
 from wstunnel import limits, logs, sockets, systemd
 from wstunnel.absence import YOUNG_SECONDS, Absence
 from wstunnel.dialler import AGENT, Dialler
-from wstunnel.endpoints import tcp
+from wstunnel.egress import Egress
+from wstunnel.endpoints import proxy_header
+from wstunnel.endpoints.tcp import peer_name
 from wstunnel.errors import NetworkError, ProtocolError, ServerRefusedError, TrustError
+from wstunnel.flow import DialledFlow, Flow
 from wstunnel.forwards import Forward
+from wstunnel.ingress import READY, Ingress, Wanted
 from wstunnel.link import Link
-from wstunnel.pool import SURPLUS_SECONDS, Demand, links_to_dial
+from wstunnel.pool import SURPLUS_SECONDS, links_to_dial
 from wstunnel.reactor import Reactor
 from wstunnel.recovery import Recovery
+from wstunnel.reverse_client import ReverseForwards
 from wstunnel.session import Principal, Session
 from wstunnel.stream import Stream
 from wstunnel.wire.credit import Budget
@@ -39,29 +41,22 @@ from wstunnel.wire.messages import (
     Gone,
     Hello,
     LinkRole,
+    Listening,
+    Need,
+    Open,
     Welcome,
 )
 from wstunnel.wire.protocol import LinkProtocol
 from wstunnel.wire.states import Exchange
+from wstunnel.wire.tombstones import UNKNOWN
 
 _log = logs.logger("client")
 
 _random = random.SystemRandom()
-_READY = frozenset({Exchange.NEW, Exchange.IDLE})
-"""States of a link that can take a stream."""
 GONE_AT_ONCE = 128
 """Answers to one `detached` that are queued at a time: a link's queue is short."""
 GONE_PAUSE_SECONDS = 0.05
 """Between two such batches."""
-
-
-class _Waiting(NamedTuple):
-    """An application's connection without a link."""
-
-    sock: socket.socket
-    forward: Forward
-    peer: str
-    deadline: float
 
 
 class ClientSession(Session):
@@ -72,10 +67,14 @@ class ClientSession(Session):
         reactor: running, or about to.
         idle_links: warm links to keep.
         resume_window: seconds for which streams without a link are to be kept; 0 is not at all.
+        reverse: reverse forwards; None is none.
         random_float: in [0, 1), for the back-off.
+        descriptors: that the process may have.
 
     Attributes:
         gone: set when the last link is gone after `stop`.
+        udp_forwards: whether some forward cannot do without datagrams: a server that has none is worth a message.
+        egress: dials the targets of reverse forwards; set by the role, which has the nursery.
     """
 
     resumes = True
@@ -87,7 +86,9 @@ class ClientSession(Session):
         *,
         idle_links: int,
         resume_window: int = limits.RESUME_WINDOW_SECONDS,
+        reverse: ReverseForwards | None = None,
         random_float: Callable[[], float] = _random.random,
+        descriptors: int = 2 * limits.PRINCIPAL_LINKS,
     ) -> None:
         super().__init__(secrets.token_urlsafe(16), Principal("local", Budget(limits.PROCESS_BYTES), {}), reactor, _log)
         self._dialler = dialler
@@ -100,16 +101,20 @@ class ClientSession(Session):
         self._unknown: dict[str, None] = {}  # ids that the server thinks we have
         self._stalled: set[Link] = set()
         self._resuming = False
-        self._demand = Demand(idle_links)
+        self.ingress = Ingress(self, self, least=idle_links)
+        self.reverse = reverse or ReverseForwards(())
+        self.egress: Egress | None = None  # where there are reverse forwards
+        self._dialling_reverse = 0
+        self.trouble = ""
         self._least = idle_links
-        self._idle: list[Link] = []
-        self._waiting: deque[_Waiting] = deque()
+        self._descriptors = descriptors
         self._control: Link | None = None
         self._dialling = 0
         self._dialling_control = False
         self._absence = Absence(random_float)
         self._stopping = False
         self._refusal: ServerRefusedError | None = None
+        self.udp_forwards = False
         self.gone = trio.Event()
         self._changed = trio.Event()
         self._keys = MaskKeys(secrets.token_bytes)
@@ -124,14 +129,15 @@ class ClientSession(Session):
             TrustError: it could not prove who it is, and never had before.
         """
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._expire_waiting)
             while True:
                 if self._refusal is not None:
                     raise self._refusal
+                if self.reverse.failure is not None:
+                    raise self.reverse.failure
                 self._changed = trio.Event()
                 if self._absence.away and not self._stopping and all(link.protocol.greeted for link in self.links):
                     # One dial at a time finds out when the server is back; its `welcome` ends the absence.
-                    if self._waiting:
+                    if self.ingress.waiting:
                         self._absence.hurry(trio.current_time())
                     with trio.move_on_at(self._absence.retry_at) as scope:
                         await self._changed.wait()
@@ -145,6 +151,9 @@ class ClientSession(Session):
                         self._dialling += 1
                         self._dialling_control |= role == "control"
                         nursery.start_soon(self._dial_counted, role)
+                    for _ in range(self._missing_reverse()):
+                        self._dialling_reverse += 1
+                        nursery.start_soon(self._dial_reverse)
                 await self._changed.wait()
 
     def _missing(self) -> int:
@@ -154,14 +163,26 @@ class ClientSession(Session):
             # The first one finds out whether the server takes us at all: one refusal in its log, not twelve.
             return int(not self._dialling and not self.links)
         # While links die young only those are dialled that somebody needs now.
-        warm = self._demand.wanted() if self._absence.settled else 0
+        warm = self.ingress.demand.wanted() if self._absence.settled else 0
         return links_to_dial(
             wanted=warm,
-            idle=len(self._idle),
-            waiting=len(self._waiting) + (self._control is None) + self._unproved(),
+            idle=len(self.ingress.idle),
+            waiting=len(self.ingress.waiting) + (self._control is None) + self._unproved(),
             dialling=self._dialling,
-            total=len(self.links),
+            total=len(self.links) + self._dialling_reverse,
+            most=self._most_links(),
         )
+
+    def _most_links(self) -> int:
+        """The rest of the descriptors is for applications and targets, whatever the server says that it needs."""
+        return min(limits.PRINCIPAL_LINKS, int(self._descriptors * limits.PRINCIPAL_SHARE))
+
+    def _missing_reverse(self) -> int:
+        if self._stopping or not self._absence.settled or self._control is None:
+            return 0
+        room = self._most_links() - len(self.links) - self._dialling - self._dialling_reverse
+        at_once = limits.DIALS_AT_ONCE - self._dialling - self._dialling_reverse
+        return max(min(self.reverse.missing() - self._dialling_reverse, at_once, room), 0)
 
     def _unproved(self) -> int:
         """Streams for which no idle link will do: they wait already, or theirs is silent and none was heard since."""
@@ -170,7 +191,8 @@ class ClientSession(Session):
             return 0
         # Links that have not been welcomed yet will do, and for those that are silent, links that were heard since.
         since = max((link.last_received for link in self._stalled), default=math.inf)
-        return max(needed - sum(not link.protocol.greeted or link.last_received > since for link in self._idle), 0)
+        idle = self.ingress.idle
+        return max(needed - sum(not link.protocol.greeted or link.last_received > since for link in idle), 0)
 
     def _next_role(self) -> LinkRole:
         return "control" if self._control is None and not self._dialling_control else "forward"
@@ -182,6 +204,13 @@ class ClientSession(Session):
             self._dialling -= 1
             if role == "control":
                 self._dialling_control = False
+        self._changed.set()
+
+    async def _dial_reverse(self) -> None:
+        try:
+            await self._dial_link("reverse")
+        finally:
+            self._dialling_reverse -= 1
         self._changed.set()
 
     async def _dial_link(self, role: LinkRole) -> None:
@@ -217,6 +246,8 @@ class ClientSession(Session):
         )  # fmt: skip
         if role == "control":
             self._control = link
+        elif role == "reverse":
+            self.reverse.parked[link] = None
         elif self._boot and not leftover:
             # hello, open and early data go out in one write. Not before a first `welcome`: if this link is cut, only
             # the server's boot id tells whether the stream may be opened again.
@@ -225,26 +256,27 @@ class ClientSession(Session):
 
     def _use(self, link: Link) -> None:
         """Give an idle link to whoever waits for one: streams that lost theirs first."""
-        if link.protocol.state not in _READY or self._going(link):
+        if link.protocol.state not in READY or self._going(link):
             return
         stream = self._next_stream(link)
         if stream is not None:
             self._resume(stream, link)
-        elif self._waiting:
-            waiting = self._waiting.popleft()
-            stream = self._open(link, waiting.sock, waiting.forward, waiting.peer)
-            if link.sock is None:
-                stream.read_early()  # the link's start sends it
-            else:
-                self.reactor.later(partial(self._send_early, stream))  # not now: `link` may be in the middle of a read
-        elif link not in self._idle:
-            self._idle.append(link)
+        else:
+            self.ingress.offer(link)
 
     def message(self, link: Link, message: AnyMessage) -> None:
         if isinstance(message, Welcome):
             self._welcome(link, message)
         elif isinstance(message, Detached):
             self._server_detached(message)
+        elif isinstance(message, Open):
+            self._accept(link, message)
+        elif isinstance(message, Listening):
+            self.reverse.answered(message, self.reactor.now)
+            self._changed.set()
+        elif isinstance(message, Need):
+            self.reverse.need = min(message.links, self._most_links())
+            self._changed.set()
         elif isinstance(message, Drain):
             self._server_drains(link)
         else:
@@ -263,19 +295,27 @@ class ClientSession(Session):
         if link.stream is not None:
             link.stream.boot = message.boot
         self.resume_window = float(message.resume_window) if "resume" in message.features and self._wish else 0.0
+        if "udp" in message.features:
+            self.ingress.flows_refused = ""
+        elif not self.ingress.flows_refused:
+            self.ingress.refuse_flows("the server is too old for UDP: update it")
+            if self.udp_forwards:
+                _log.error(self.ingress.flows_refused, server=str(self._dialler.url))
         if message.idle_links:
-            self._demand.least = min(self._least, message.idle_links)
+            self.ingress.demand.least = min(self._least, message.idle_links)
         if message.boot == self._drained:
             # It goes on accepting until it is gone: dialling it again and again would keep nobody's link warm.
             link.close(1000, "the server is stopping")
             self._failed(NetworkError("tunnel", "the server is stopping"))
             return
         self._absence.ended()
+        self.trouble = ""
         if self._absence.settled:
             self._back()
+        if link.protocol.role == "control":
+            self.reverse.ask(link, message.features)
         if link.protocol.role == "forward" and link.stream is None:
-            if link in self._idle:
-                self._idle.remove(link)
+            self.ingress.idle.pop(link, None)
             self._use(link)
         self._changed.set()
 
@@ -287,7 +327,9 @@ class ClientSession(Session):
             systemd.notify(f"STATUS=connected to {self._dialler.url.authority}", environ=os.environ)
 
     def idle(self, link: Link) -> None:
-        if link.protocol.role == "forward" and not self._stopping:
+        if link.protocol.role == "reverse":
+            self.reverse.parked[link] = None
+        elif link.protocol.role == "forward" and not self._stopping:
             self._use(link)
 
     def lost(self, link: Link, reason: str) -> None:
@@ -296,8 +338,9 @@ class ClientSession(Session):
         self._stalled.discard(link)
         if link is self._control:
             self._control = None
-        if link in self._idle:
-            self._idle.remove(link)
+            self.reverse.need = 0  # until the server says so anew: it may be another, with no place of ours
+        self.ingress.idle.pop(link, None)
+        self.reverse.parked.pop(link, None)
         if self._stopping:
             pass
         elif not link.protocol.greeted and link.close_code == CloseCode.POLICY:
@@ -310,6 +353,9 @@ class ClientSession(Session):
         self._changed.set()
 
     def _failed(self, error: NetworkError) -> None:
+        self.trouble = str(error)
+        if error.layer == "tunnel":
+            self._dialler.failed(error)
         first = self._absence.failed(trio.current_time())
         if first is None:
             return
@@ -323,7 +369,13 @@ class ClientSession(Session):
 
     # --- streams that lost their link ---------------------------------------------------------------------------------
 
+    def _disowned(self, stream_id: str) -> bool:
+        """Whether the server was told, or is about to be, that there is no such stream."""
+        return stream_id in self._unknown or stream_id in self.principal.tombstones
+
     def stream_detached(self, stream: Stream) -> bool:
+        if self._disowned(stream.state.id):
+            return False  # its `open` was held back, and refused: the server's stream of this id knows nothing of that
         kept = super().stream_detached(stream)
         if kept:
             now = self.reactor.now
@@ -338,13 +390,13 @@ class ClientSession(Session):
     def _resume_waiting(self) -> None:
         """Resume on idle links as far as there are any; more are dialled."""
         self._resuming = False
-        for link in sorted(self._idle, key=lambda link: link.last_received, reverse=True):
+        for link in sorted(self.ingress.idle, key=lambda link: link.last_received, reverse=True):
             if link.protocol.state is not Exchange.IDLE:
                 continue
             stream = self._next_stream(link)
             if stream is None:
                 break  # one that was heard even earlier serves nobody either
-            self._idle.remove(link)
+            del self.ingress.idle[link]
             self._resume(stream, link)
         self._changed.set()
 
@@ -356,7 +408,7 @@ class ClientSession(Session):
 
     def _resume(self, stream: Stream, link: Link) -> None:
         if self._recovery.take(stream, self.reactor.now):
-            self._begin(stream, link)
+            self.begin(stream, link)
             self.stream_resumed(stream)
             self.reactor.later(link.flush)  # not now: `link` may be in the middle of a read
         else:
@@ -415,6 +467,8 @@ class ClientSession(Session):
             return
         for stream_id in list(self._unknown)[:GONE_AT_ONCE]:
             del self._unknown[stream_id]
+            # An `open` of it that is held back somewhere must not dial any more.
+            self.principal.tombstones.add(stream_id, UNKNOWN, self.reactor.now)
             control.protocol.send(Gone(stream=stream_id, outcome="unknown"))
         control.flush()
         if self._unknown:
@@ -423,7 +477,8 @@ class ClientSession(Session):
     def _server_drains(self, link: Link) -> None:
         """The server is going: its links take no stream any more."""
         self._drained = self._boots.get(link, self._boot)
-        self._idle = [idle for idle in self._idle if not self._going(idle)]
+        for idle in [idle for idle in self.ingress.idle if self._going(idle)]:
+            del self.ingress.idle[idle]
         _log.warning("the server is stopping", server=str(self._dialler.url))
 
     def _going(self, link: Link) -> bool:
@@ -441,82 +496,64 @@ class ClientSession(Session):
     def _ask_idle(self) -> None:
         """Which of the idle links are alive?"""
         since = max((link.last_received for link in self._stalled), default=-math.inf)
-        for idle in list(self._idle):
+        for idle in list(self.ingress.idle):
             if idle.last_received < since and idle.protocol.greeted:
                 idle.ping()
+
+    # --- reverse forwards ---------------------------------------------------------------------------------------------
+
+    def _accept(self, link: Link, message: Open) -> None:
+        """The server has a connection for a reverse forward."""
+        self.reverse.parked.pop(link, None)
+        if message.stream in self.streams or message.stream in self.flows:
+            raise ProtocolError("open repeats the id of a live stream")
+        stream: Stream | DialledFlow
+        if self.reverse.is_flow(message):
+            stream = self.flows.asked(message.stream, message.target, link.peer, forward=message.forward)
+        else:
+            stream = self.make_stream(
+                message.stream, egress=True, target=message.target, peer=link.peer, forward=message.forward
+            )
+        stream.application = message.peer
+        stream.boot = self._boots.get(link, self._boot)
+        link.attach(stream)
+        link.protocol.accept(stream.state)
+        if self._disowned(message.stream):
+            stream.reset("forbidden", "this stream id was used before")
+        elif self._stopping or not self.principal.budget.admitting() or self.egress is None:
+            stream.reset("limit", "the client takes no more streams")
+        else:
+            self.reverse.dial(self.egress, stream, message)
+        self._changed.set()  # another link is to be parked
 
     # --- applications' connections ------------------------------------------------------------------------------------
 
     def accepted(self, sock: socket.socket, forward: Forward) -> None:
         """Carry a connection to the forward's target. Takes the socket over."""
-        peer = tcp.peer_name(sock)
         if self._stopping:
             sockets.reset(sock)
-        elif (
-            not self.principal.budget.admitting() or len(self.streams) + len(self._waiting) >= limits.PRINCIPAL_STREAMS
-        ):
-            _log.warning(
-                "connection reset: too many streams or too much memory held", peer=peer, target=str(forward.target)
-            )
-            sockets.reset(sock)
-        elif (link := self._take_idle()) is not None:
-            self._send_early(self._open(link, sock, forward, peer))
-        else:
-            self._waiting.append(_Waiting(sock, forward, peer, trio.current_time() + limits.OPEN_WAIT_SECONDS))
+            return
+        early = proxy_header.of_socket(forward.proxy, sock) if forward.proxy else b""
+        self.ingress.accepted(Wanted(str(forward.target), peer_name(sock), sock, early=early))
+
+    def lacking(self) -> None:
+        if self.ingress.waiting or self._absence.away or self._missing():  # else to wake `keep_links` only costs
             self._changed.set()
 
-    def _take_idle(self) -> Link | None:
-        """The link that was used last. Those in their closing handshake are passed over: `lost` comes only after it."""
-        while self._idle:
-            link = self._idle.pop()
-            if link.protocol.state in _READY and not self._going(link):
-                return link
-        return None
-
-    def _open(self, link: Link, sock: socket.socket, forward: Forward, peer: str) -> Stream:
-        stream = self.make_stream(secrets.token_urlsafe(16), egress=False, target=str(forward.target), peer=peer)
-        self._begin(stream, link)
-        stream.start(self.reactor, sock)
-        self._demand.opened()
-        if self._absence.away or self._missing():  # else `keep_links` has nothing to do, and to wake it costs
-            self._changed.set()
-        return stream
-
-    @staticmethod
-    def _send_early(stream: Stream) -> None:
-        """What the application sent goes out with `open`, in one write: the reactor's turn to read would be later."""
-        stream.read_early()
-        if stream.link is not None:
-            stream.link.flush()
-
-    def _begin(self, stream: Stream, link: Link) -> None:
-        """Ask the server to open the stream, on this idle link; goes out with the next flush."""
+    def begin(self, stream: Stream | Flow, link: Link) -> None:
         stream.boot = self._boots.get(link, self._boot)
-        link.attach(stream)
-        link.open(stream.state, target=stream.target, peer=stream.peer)
+        super().begin(stream, link)
 
-    async def _expire_waiting(self) -> None:
-        """Reset connections that no link came for."""
-        while True:
-            if not self._waiting:
-                await trio.sleep(limits.SWEEP_SECONDS)
-                continue
-            await trio.sleep_until(self._waiting[0].deadline)
-            now = trio.current_time()
-            while self._waiting and self._waiting[0].deadline <= now:
-                waiting = self._waiting.popleft()
-                _log.warning(
-                    "connection reset: no link to the server in time",
-                    peer=waiting.peer,
-                    target=str(waiting.forward.target),
-                )
-                sockets.reset(waiting.sock)
+    def usable(self, link: Link) -> bool:
+        return not self._going(link)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def sweep(self, now: float) -> None:
         super().sweep(now)
-        self._demand.second()
+        self.ingress.demand.second()
+        self.reverse.retry(self._control, now)
+        self.principal.tombstones.sweep(now)
         self._stalled = {link for link in self._stalled if link.stalled}
         self._tell_unknown()
         if self._recovery:
@@ -524,12 +561,8 @@ class ClientSession(Session):
         old = any(link.protocol.greeted and now - link.created >= YOUNG_SECONDS for link in self.links)
         if not self._absence.settled and old and self._absence.settle():
             self._back()
-        surplus = len(self._idle) - self._demand.wanted()
-        # The stack's bottom was idle longest.
-        for link in self._idle[: max(surplus, 0)]:
-            if now - link.idle_since > SURPLUS_SECONDS:
-                self._idle.remove(link)
-                link.close(1000, "surplus")
+        for link in self.ingress.surplus(now, SURPLUS_SECONDS):
+            link.close(1000, "surplus")
         self._changed.set()
 
     def stop(self) -> None:
@@ -537,11 +570,5 @@ class ClientSession(Session):
         self._stopping = True
         if self._control is not None and self._control.protocol.state is Exchange.IDLE:
             self._control.send(Bye())
-        self._idle.clear()
-        self.drop_waiting()
+        self.ingress.stop()
         self.close(1000, "the client is stopping")
-
-    def drop_waiting(self) -> None:
-        """Reset the connections that wait for a link: unlike a stream's, they are not the reactor's to close."""
-        while self._waiting:
-            sockets.reset(self._waiting.popleft().sock)

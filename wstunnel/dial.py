@@ -1,4 +1,4 @@
-"""Outbound TCP connections: to targets, under the policy, and to the tunnel server.
+"""Outbound connections: to targets, under the policy, and to the tunnel server.
 
 Several addresses are tried as Happy Eyeballs version 2 says (RFC 8305): families interleaved (§4), the next attempt
 250 ms after the last or at once when one fails (§5), the first connection wins and the others are closed.
@@ -13,7 +13,8 @@ import functools
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import trio
 
 from wstunnel import limits, sockets
-from wstunnel.errors import NetworkError, StreamError
+from wstunnel.errors import LocalError, NetworkError, StreamError
 from wstunnel.policy import NameVerdict, Policy, denial
 from wstunnel.targets import Target, address_family, join_host_port
 
@@ -30,13 +31,33 @@ STAGGER_SECONDS = 0.25
 ADDRESSES = 32
 """Most addresses of one name that are tried: as many attempts as are begun in 8 s. A resolver may send thousands."""
 
-SocketAddress = tuple[Any, ...]
-"""(ip, port) for IPv4, (ip, port, flow, scope) for IPv6, as the socket module has it."""
+SocketAddress = tuple[Any, ...] | str
+"""(ip, port) for IPv4, (ip, port, flow, scope) for IPv6, a path for Unix sockets: as the socket module has it."""
+Sources = Mapping[int, str]
+"""By address family: which address of this machine connections come from. The kernel chooses where there is none."""
+NO_SOURCES: Sources = {}
+_LINUX_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 Resolve = Callable[..., list[tuple[Any, Any, Any, Any, Any]]]
 """Called in a thread as `socket.getaddrinfo(host, port, type=SOCK_STREAM, proto=IPPROTO_TCP)`."""
 Connect = Callable[[socket.AddressFamily, SocketAddress], Awaitable[socket.socket]]
 """`connect_socket`, or what a test puts in its place."""
+DialServer = Callable[..., Awaitable[socket.socket]]
+"""`dial_server`, or what stands in for it: called with host, port and `family=`."""
 
+_UNIX: socket.AddressFamily | None = getattr(socket, "AF_UNIX", None)
+"""Of Unix sockets; None where there are none."""
+_REFUSED = frozenset(
+    {
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        # of Unix sockets: no such file, no socket, one for datagrams, a backlog that is full
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ENOTSOCK,
+        errno.EPROTOTYPE,
+        errno.EAGAIN,
+    }
+)
 _UNREACHABLE = frozenset(
     {
         errno.EHOSTUNREACH,
@@ -60,14 +81,18 @@ _NO_SUCH_NAME = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class _Address:
+class Address:
     """One address to dial: exactly what the resolver returned, and what the policy looked at."""
 
     family: socket.AddressFamily
     sockaddr: SocketAddress
 
     def __str__(self) -> str:
-        return join_host_port(self.sockaddr[0], self.sockaddr[1])
+        return _address_text(self.sockaddr)
+
+
+def _address_text(sockaddr: SocketAddress) -> str:
+    return f"unix:{sockaddr}" if isinstance(sockaddr, str) else join_host_port(sockaddr[0], sockaddr[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +111,8 @@ class Begun:
 
     @property
     def address(self) -> str:
-        """As `10.0.0.5:5432` or `[::1]:22`."""
-        return join_host_port(self.sockaddr[0], self.sockaddr[1])
+        """As `10.0.0.5:5432`, `[::1]:22` or `unix:/run/app.sock`."""
+        return _address_text(self.sockaddr)
 
     async def connect(self, _family: socket.AddressFamily, _sockaddr: SocketAddress) -> socket.socket:
         """`connect_socket`, for whoever would begin the same attempt."""
@@ -112,11 +137,19 @@ class Begun:
         return sock
 
 
-def _begin(family: socket.AddressFamily, sockaddr: SocketAddress) -> Begun:
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+def _begin(
+    family: socket.AddressFamily,
+    sockaddr: SocketAddress,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+    sources: Sources = NO_SOURCES,
+) -> Begun:
+    sock = socket.socket(family, kind)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if family in sources:
+            _bind_source(sock, sources[family])
+        if family != _UNIX and kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = sock.connect_ex(sockaddr)
         if error == errno.EINPROGRESS:
             # On loopback the answer is there by now. Asking costs 2 µs, finding out by the selector 40 µs.
@@ -130,17 +163,50 @@ def _begin(family: socket.AddressFamily, sockaddr: SocketAddress) -> Begun:
     return Begun(sock, sockaddr, done)
 
 
+def _bind_source(sock: socket.socket, address: str) -> None:
+    if sys.platform == "linux":
+        # The port is chosen when the target is known, so that two targets may see the same one (ip(7)).
+        sock.setsockopt(socket.IPPROTO_IP, _LINUX_BIND_ADDRESS_NO_PORT, 1)
+    sock.bind((address, 0))
+
+
+def source_addresses(addresses: Iterable[str]) -> Sources:
+    """What `dial_target` takes as its sources, checked.
+
+    Args:
+        addresses: IP addresses of this machine without brackets, one of a family at most.
+
+    Raises:
+        LocalError: one is not this machine's, or there are two of a family.
+    """
+    sources: dict[int, str] = {}
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        if family in sources:
+            raise LocalError(f"--source: {sources[family]} and {address} are of one family; give one of each")
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.bind((address, 0))
+        except OSError as error:
+            reason = error.strerror or error
+            raise LocalError(f"--source: connections cannot come from {address}: {reason}") from error
+        sources[family] = address
+    return sources
+
+
 def _check_connected(sock: socket.socket, sockaddr: SocketAddress, error: int) -> None:
     if error not in (0, errno.EISCONN):  # EISCONN: how BSDs say on the second call that it is connected
         raise OSError(error, os.strerror(error))
     # The kernel may pick the very port we dial as our own, and TCP then connects the socket to itself (RFC 9293 §3.5,
     # simultaneous open). Nobody listens there.
     own = sock.getsockname()
-    if own[1] == sockaddr[1] and own == sock.getpeername():
+    if sock.family != _UNIX and own[1] == sockaddr[1] and own == sock.getpeername():
         raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
-async def connect_socket(family: socket.AddressFamily, sockaddr: SocketAddress) -> socket.socket:
+async def connect_socket(
+    family: socket.AddressFamily, sockaddr: SocketAddress, sources: Sources = NO_SOURCES
+) -> socket.socket:
     """Connect one non-blocking TCP socket, with TCP_NODELAY set, to one address.
 
     Returns:
@@ -150,14 +216,26 @@ async def connect_socket(family: socket.AddressFamily, sockaddr: SocketAddress) 
         OSError: it could not be connected, with the errno of connect(2) or socket(2).
     """
     try:
-        begun = _begin(family, sockaddr)
+        begun = _begin(family, sockaddr, sources=sources)
     except OSError:
         await trio.lowlevel.checkpoint()
         raise
     return await begun.finish()
 
 
-def begin_dial(target: Target, policy: Policy) -> Begun | None:
+async def connect_datagrams(
+    family: socket.AddressFamily, sockaddr: SocketAddress, sources: Sources = NO_SOURCES
+) -> socket.socket:
+    """A non-blocking UDP socket that sends to one address, and hears only from it. Asks nobody whether it is there.
+
+    Raises:
+        OSError: there is no way to it, or no descriptor left.
+    """
+    await trio.lowlevel.checkpoint()
+    return _begin(family, sockaddr, socket.SOCK_DGRAM, sources).sock
+
+
+def begin_dial(target: Target, policy: Policy, sources: Sources = NO_SOURCES) -> Begun | None:
     """Begin to connect to a target that is named by its address, without waiting: see `dial_target`.
 
     Returns:
@@ -170,7 +248,8 @@ def begin_dial(target: Target, policy: Policy) -> Begun | None:
     if family is None:
         return None
     try:
-        return _begin(family, _literal(family, target.host, target.port).sockaddr)
+        kind = socket.SOCK_DGRAM if target.kind == "udp" else socket.SOCK_STREAM
+        return _begin(family, _literal(family, target.host or target.path, target.port).sockaddr, kind, sources)
     except OSError as error:
         code, message = _summary([error], None)
         raise StreamError(code, f"cannot connect to {target}: {message}") from error
@@ -182,7 +261,8 @@ async def dial_target(
     *,
     limiter: trio.CapacityLimiter | None,
     resolve: Resolve = socket.getaddrinfo,
-    connect: Connect = connect_socket,
+    connect: Connect | None = None,
+    sources: Sources = NO_SOURCES,
     begun: Begun | None = None,
 ) -> tuple[socket.socket, str]:
     """Connect to `target`, if `policy` allows it, within DIAL_SECONDS.
@@ -191,12 +271,13 @@ async def dial_target(
     changes its mind in between changes nothing.
 
     Args:
-        target: only `tcp` ones can be dialled.
+        target: `tcp`, `unix`, or `udp`, for which the first permitted address with a route is taken.
         policy: what the principal may dial.
         limiter: bounds the threads that resolve names, one limiter a principal; None is Trio's own. A thread whose
             dial has ended keeps its place until the resolver returns.
         resolve: what resolves names, in a thread.
-        connect: what connects one socket.
+        connect: what connects one socket; None: `connect_socket`, or `connect_datagrams`.
+        sources: where connections come from, see `source_addresses`.
         begun: what `begin_dial` said of the same target: that attempt goes on, and its socket is owned from now on.
 
     Returns:
@@ -209,11 +290,16 @@ async def dial_target(
     """
     if begun is not None:
         connect = begun.connect
+    elif connect is None:
+        connect = functools.partial(connect_datagrams if target.kind == "udp" else connect_socket, sources=sources)
     family = _permitted_family(target, policy)
     failures: list[OSError] = []
     with trio.move_on_after(limits.DIAL_SECONDS) as scope:
         try:
-            addresses = await _addresses(target.host, target.port, limiter, resolve)
+            if family is not None and family == _UNIX:
+                addresses = [_literal(family, target.path, 0)]
+            else:
+                addresses = await _addresses(target.host, target.port, limiter, resolve)
         except OSError as error:
             code, message = _resolve_failure(error)
             raise StreamError(code, f"{target.host}: {message}") from error
@@ -231,8 +317,12 @@ def _permitted_family(target: Target, policy: Policy) -> socket.AddressFamily | 
     Raises:
         StreamError: `forbidden`.
     """
-    if target.kind != "tcp":
-        raise StreamError("forbidden", "this server tunnels TCP only")
+    if target.kind == "unix" and _UNIX is None:
+        raise StreamError("forbidden", "unix targets cannot be dialled here")
+    if target.kind == "unix":
+        if reason := policy.refusal(target, ""):
+            raise _forbidden(target, reason)
+        return _UNIX
     family = address_family(target.host)
     if policy.names(target) is NameVerdict.REFUSED:
         reason = f"no --allow rule matches {target}, whatever it resolves to"
@@ -244,15 +334,17 @@ async def dial_server(
     host: str,
     port: int,
     *,
+    family: socket.AddressFamily | None = None,
     limiter: trio.CapacityLimiter | None = None,
     resolve: Resolve = socket.getaddrinfo,
     connect: Connect = connect_socket,
 ) -> socket.socket:
-    """Connect to the tunnel server, within DIAL_SECONDS. No policy: the user named it.
+    """Connect to the tunnel server, or to a proxy on the way, within DIAL_SECONDS. No policy: the user named it.
 
     Args:
         host: a name or an IP address, without brackets.
         port: 1 to 65535.
+        family: AF_INET or AF_INET6: only addresses of this family are dialled. None: of both.
         limiter: bounds the threads that resolve names; None is Trio's own.
         resolve: what resolves names, in a thread.
         connect: what connects one socket.
@@ -265,14 +357,36 @@ async def dial_server(
     """
     failures: list[OSError] = []
     with trio.move_on_after(limits.DIAL_SECONDS) as scope:
-        try:
-            addresses = await _addresses(host, port, limiter, resolve)
-        except OSError as error:
-            message = _resolve_failure(error)[1]
-            raise NetworkError("name", f"cannot connect to {join_host_port(host, port)}: {message}") from error
+        addresses = await server_addresses(host, port, family=family, limiter=limiter, resolve=resolve)
         if connected := await _connect_any(addresses, connect, failures):
             return connected[0]
     raise NetworkError("tcp", f"cannot connect to {join_host_port(host, port)}: {_summary(failures, scope)[1]}")
+
+
+async def server_addresses(
+    host: str,
+    port: int,
+    *,
+    family: socket.AddressFamily | None = None,
+    limiter: trio.CapacityLimiter | None = None,
+    resolve: Resolve = socket.getaddrinfo,
+) -> list[Address]:
+    """Where `dial_server` connects to, in the resolver's order. The caller sets the deadline. Arguments as there.
+
+    Raises:
+        NetworkError: `name`.
+    """
+    try:
+        addresses = await _addresses(host, port, limiter, resolve)
+    except OSError as error:
+        message = _resolve_failure(error)[1]
+        raise NetworkError("name", f"cannot connect to {join_host_port(host, port)}: {message}") from error
+    if family is not None:
+        addresses = [address for address in addresses if address.family == family]
+        if not addresses:
+            kind = "IPv4" if family == socket.AF_INET else "IPv6"
+            raise NetworkError("name", f"cannot connect to {join_host_port(host, port)}: it has no {kind} address")
+    return addresses
 
 
 def is_local_address(ip: str) -> bool:
@@ -309,7 +423,7 @@ def _route_is_local(family: socket.AddressFamily, packed: bytes) -> bool:
     return kind == new_route and answer[16 + 7] == local
 
 
-async def _addresses(host: str, port: int, limiter: trio.CapacityLimiter | None, resolve: Resolve) -> list[_Address]:
+async def _addresses(host: str, port: int, limiter: trio.CapacityLimiter | None, resolve: Resolve) -> list[Address]:
     """The addresses of a host, each once, in the resolver's order (RFC 6724). A literal needs no resolver.
 
     Raises:
@@ -325,17 +439,19 @@ async def _addresses(host: str, port: int, limiter: trio.CapacityLimiter | None,
     except RuntimeError as error:  # "can't start new thread"
         raise OSError(errno.ENOMEM, str(error)) from error
     families = (socket.AF_INET, socket.AF_INET6)
-    found = [_Address(socket.AddressFamily(answer[0]), answer[4]) for answer in answers if answer[0] in families]
+    found = [Address(socket.AddressFamily(answer[0]), answer[4]) for answer in answers if answer[0] in families]
     if not found:
         raise socket.gaierror(socket.EAI_NONAME, "no addresses")
     return list(dict.fromkeys(found))
 
 
-def _literal(family: socket.AddressFamily, host: str, port: int) -> _Address:
-    return _Address(family, (host, port) if family == socket.AF_INET else (host, port, 0, 0))
+def _literal(family: socket.AddressFamily, host: str, port: int) -> Address:
+    if family == _UNIX:
+        return Address(family, host)
+    return Address(family, (host, port) if family == socket.AF_INET else (host, port, 0, 0))
 
 
-def _permitted(target: Target, policy: Policy, addresses: Sequence[_Address]) -> list[_Address]:
+def _permitted(target: Target, policy: Policy, addresses: Sequence[Address]) -> list[Address]:
     """Those that the policy permits.
 
     Raises:
@@ -360,8 +476,8 @@ def _forbidden(target: Target, reason: str) -> StreamError:
 
 
 async def _connect_any(
-    addresses: Sequence[_Address], connect: Connect, failures: list[OSError]
-) -> tuple[socket.socket, _Address] | None:
+    addresses: Sequence[Address], connect: Connect, failures: list[OSError]
+) -> tuple[socket.socket, Address] | None:
     """The first connection that is made; None if none is. Why not is appended to `failures` as it becomes known."""
     if len(addresses) > 1:
         return await _race(_interleaved(addresses)[:ADDRESSES], connect, failures)
@@ -372,7 +488,7 @@ async def _connect_any(
         return None
 
 
-def _interleaved(addresses: Sequence[_Address]) -> list[_Address]:
+def _interleaved(addresses: Sequence[Address]) -> list[Address]:
     """RFC 8305 §4: families take turns, the resolver's first choice first."""
     preferred = [address for address in addresses if address.family == addresses[0].family]
     other = [address for address in addresses if address.family != addresses[0].family]
@@ -380,12 +496,12 @@ def _interleaved(addresses: Sequence[_Address]) -> list[_Address]:
 
 
 async def _race(
-    addresses: Sequence[_Address], connect: Connect, failures: list[OSError]
-) -> tuple[socket.socket, _Address] | None:
-    winner: tuple[socket.socket, _Address] | None = None
+    addresses: Sequence[Address], connect: Connect, failures: list[OSError]
+) -> tuple[socket.socket, Address] | None:
+    winner: tuple[socket.socket, Address] | None = None
     failed = trio.Event()
 
-    async def attempt(address: _Address) -> None:
+    async def attempt(address: Address) -> None:
         nonlocal winner
         try:
             sock = await connect(address.family, address.sockaddr)
@@ -427,7 +543,7 @@ def _resolve_failure(error: OSError) -> tuple[str, str]:
 
 def _code(error: OSError) -> str:
     """The reset code for an errno of socket(2), connect(2) or SO_ERROR."""
-    if error.errno in (errno.ECONNREFUSED, errno.ECONNRESET):
+    if error.errno in _REFUSED:
         return "refused"
     if error.errno == errno.ETIMEDOUT:
         return "timeout"

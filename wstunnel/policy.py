@@ -26,6 +26,7 @@ from fnmatch import fnmatchcase
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Literal
 
+from wstunnel.forwards import Forward, parse_bind
 from wstunnel.targets import (
     Part,
     Target,
@@ -40,6 +41,8 @@ from wstunnel.targets import (
 GRAMMAR = (
     "[tcp:|udp:]HOST|CIDR|*:PORT|LOW-HIGH|* or unix:/GLOB, as in db:5432, 10.0.0.0/8:*, [fd00::/8]:443 or *:8000-8999"
 )
+
+LISTEN_GRAMMAR = "[ADDR:]PORT|LOW-HIGH|* or unix:/GLOB, as in 8080, *:8000-8999, [::1]:* or unix:/run/tunnel/*.sock"
 
 _METADATA = "a cloud's metadata address"
 _LINK_LOCAL = "a link-local address"
@@ -126,8 +129,12 @@ class Rule:
 
     def matches_path(self, path: str) -> bool:
         """Whether the glob fits, segment by segment."""
-        globs, segments = self.host.split("/"), path.split("/")
-        return len(globs) == len(segments) and all(map(fnmatchcase, segments, globs))
+        return _glob_matches(self.host, path)
+
+
+def _glob_matches(glob: str, path: str) -> bool:
+    globs, segments = glob.split("/"), path.split("/")
+    return len(globs) == len(segments) and all(map(fnmatchcase, segments, globs))
 
 
 def parse_rule(text: str) -> Rule:
@@ -199,6 +206,16 @@ def _parse_network(part: Part) -> IPv4Network | IPv6Network:
     return network
 
 
+def exactly(target: Target) -> Rule:
+    """A rule for this very target and nothing else, for what a user named at this end."""
+    if target.kind == "unix":
+        return Rule(("unix",), "path", host=re.sub(r"([*?[])", r"[\1]", target.path))
+    family = address_family(target.host)
+    network = None if family is None else ip_network(_unmapped(ip_address(target.host)))
+    name = "" if network else target.host.removesuffix(".")
+    return Rule((target.kind,), "address" if network else "name", name, network, target.port, target.port)
+
+
 class Policy:
     """What one principal may dial. Immutable, and safe to share.
 
@@ -208,15 +225,22 @@ class Policy:
             administration. `0.0.0.0` and `::` both stand for every address of this machine.
         is_local: whether an address (canonical text) belongs to an interface of this machine. Asked only for
             wildcard sockets whose port is the target's; loopback addresses need not be known to it.
+        is_own_path: whether the file at a path is a Unix socket of this server. Asked only where a rule allows it.
     """
 
     def __init__(
-        self, rules: Sequence[Rule], *, own_sockets: Iterable[tuple[str, int]], is_local: Callable[[str], bool]
+        self,
+        rules: Sequence[Rule],
+        *,
+        own_sockets: Iterable[tuple[str, int]],
+        is_local: Callable[[str], bool],
+        is_own_path: Callable[[str], bool] = lambda _path: False,
     ) -> None:
         self._rules = tuple(rules)
         self._own = tuple((_unmapped(ip_address(address)), port) for address, port in own_sockets)
         self._own_ports = frozenset(port for _, port in self._own)
         self._is_local = is_local
+        self._is_own_path = is_own_path
 
     def names(self, target: Target) -> NameVerdict:
         """What can be said before resolving. For a target that is an IP address or a path this is the whole answer.
@@ -254,6 +278,8 @@ class Policy:
         """
         if target.kind == "unix":
             allowed = any(rule.covers(target) and rule.matches_path(target.path) for rule in self._rules)
+            if allowed and self._is_own_path(target.path):
+                return f"{target} is a socket of this server itself"
             return None if allowed else f"no --allow rule matches {target}"
         # A zone id changes the way to an address, not the address.
         address = _unmapped(ip_address(ip.partition("%")[0]))
@@ -300,6 +326,54 @@ class Policy:
             elif own == address:
                 return True
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class ListenRule:
+    """One `--allow-listen` rule. Made by `parse_listen_rule`.
+
+    Attributes:
+        bind: an IP address without brackets, `localhost`, or `*` for any; empty for Unix sockets.
+        low: the lowest port.
+        high: the highest port.
+        path: a glob for the paths of Unix sockets.
+    """
+
+    bind: str
+    low: int = 1
+    high: int = 65535
+    path: str = ""
+
+    def covers(self, forward: Forward) -> bool:
+        """Whether a client may have this place."""
+        if forward.path or self.path:
+            return bool(forward.path and self.path) and _glob_matches(self.path, forward.path)
+        any_port = (self.low, self.high) == (1, 65535)  # which 0, any free one, may turn out to be
+        fits = self.low <= forward.port <= self.high if forward.port else any_port
+        if self.bind == "*":
+            return fits
+        binds = ("127.0.0.1", "::1") if self.bind == "localhost" else (self.bind,)
+        return fits and forward.bind != "*" and all(address in binds for address in forward.addresses)
+
+
+def parse_listen_rule(text: str) -> ListenRule:
+    """Read one RULE of `--allow-listen`: `[ADDR:]PORT|LOW-HIGH|*`, ADDR 127.0.0.1 unless given; or `unix:/GLOB`.
+
+    Raises:
+        UsageError: it does not follow the grammar; `position` points at the part at fault.
+    """
+    part = Part.whole(text, LISTEN_GRAMMAR)
+    if text.startswith("unix:"):
+        return ListenRule("", path=parse_unix_path(part.cut(5)))
+    first, second = split_host_port(part)
+    port = first if second is None else second
+    low, high = (1, 65535) if port.value == "*" else parse_port_range(port)
+    return ListenRule("127.0.0.1" if second is None else parse_bind(first), low, high)
+
+
+def may_listen(rules: Sequence[ListenRule], forward: Forward) -> bool:
+    """Whether one of the rules lets a client have this place. Without rules none may be had."""
+    return any(rule.covers(forward) for rule in rules)
 
 
 def denial(target: Target) -> str:

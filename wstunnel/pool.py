@@ -40,7 +40,7 @@ class Demand:
         return max(self.least, min(IDLE_LINKS_MAX, round(self._peak)))
 
 
-def links_to_dial(*, wanted: int, idle: int, waiting: int, dialling: int, total: int) -> int:
+def links_to_dial(*, wanted: int, idle: int, waiting: int, dialling: int, total: int, most: int) -> int:
     """How many dials to start now.
 
     Args:
@@ -49,9 +49,10 @@ def links_to_dial(*, wanted: int, idle: int, waiting: int, dialling: int, total:
         waiting: links that are needed now, for which none of the idle ones will do.
         dialling: dials under way.
         total: links in all.
+        most: links to have.
     """
     missing = max(wanted - idle, 0) + waiting - dialling
-    return max(0, min(missing, limits.DIALS_AT_ONCE - dialling, limits.PRINCIPAL_LINKS - total - dialling))
+    return max(0, min(missing, limits.DIALS_AT_ONCE - dialling, most - total - dialling))
 
 
 class Backoff:

@@ -16,13 +16,19 @@ import trio
 from wstunnel import descriptors, limits, logs, systemd, tls
 from wstunnel.auth import Users
 from wstunnel.config import ServerConfig
-from wstunnel.dial import Begun, begin_dial, dial_target, is_local_address
-from wstunnel.endpoints import tcp
-from wstunnel.errors import HandshakeError, LocalError, ProtocolError, StreamError
+from wstunnel.dial import is_local_address, source_addresses
+from wstunnel.egress import Egress
+from wstunnel.endpoints import tcp, unix
+from wstunnel.endpoints.dynamic import DynamicForwards
+from wstunnel.endpoints.listeners import Bound
+from wstunnel.errors import HandshakeError, LocalError, ProtocolError
+from wstunnel.front import NO_HEADER, Front, Peer
 from wstunnel.link import Link
 from wstunnel.liveness import Sleep, boottime
+from wstunnel.plain_server import PlainServer
 from wstunnel.policy import Policy
 from wstunnel.reactor import Reactor, make_reactor
+from wstunnel.reverse_server import Place, Places
 from wstunnel.server_session import ServerSession
 from wstunnel.session import Principal
 from wstunnel.state import Announcement, write_announcement
@@ -43,13 +49,17 @@ from wstunnel.wire.protocol import LinkProtocol
 from wstunnel.wire.tombstones import Crowd
 
 if TYPE_CHECKING:
+    from wstunnel.flow import DialledFlow
     from wstunnel.stream import Stream
 
 _log = logs.logger("server")
 
-RESOLVER_THREADS = 8
-"""Names that one principal resolves at once: slow names of one user must not stop the others."""
+TAKE_OVER_SECONDS = 2.0
+"""For a user's next session to ask for the places that the last one left."""
+DISPLACED = "the user's next session has begun"
 KEEPALIVE_ADVICE = int(limits.PING_AFTER_SECONDS)
+QUIET_SECONDS = 7200
+"""Longest silence that a client may ask for (`hello.quiet`): so long a link whose client is gone may stay."""
 
 
 class Server:
@@ -59,7 +69,7 @@ class Server:
         config: what to do.
         reactor: where sockets live.
         nursery: where dials run.
-        listeners: bound sockets; their addresses are closed to clients.
+        listeners: what is bound; clients cannot open it.
         context: TLS, or None for `--plain`.
         descriptors: how many sockets the process may have.
     """
@@ -69,27 +79,39 @@ class Server:
         config: ServerConfig,
         reactor: Reactor,
         nursery: trio.Nursery,
-        listeners: list[socket.socket],
+        listeners: list[Bound],
         context: ssl.SSLContext | None,
         *,
         descriptors: int = 2 * limits.PRINCIPAL_LINKS,
     ) -> None:
         self.reactor = reactor
         self.nursery = nursery
-        own = [sock.getsockname()[:2] for sock in listeners]
-        self.policy = Policy(config.allow, own_sockets=own, is_local=is_local_address)
+        files = [bound.file for bound in listeners if bound.file is not None]
+        self.policy = Policy(
+            config.allow,
+            own_sockets=[bound.sock.getsockname()[:2] for bound in listeners if bound.file is None],
+            is_local=is_local_address,
+            is_own_path=lambda path: any(file.is_at(path) for file in files),
+        )
         self.users = Users(config.state_dir)
+        self.egress = Egress(reactor, nursery, source_addresses(config.sources))
+        self.places = Places(
+            config.allow_listen, most=min(limits.PRINCIPAL_LISTENING, descriptors // limits.LISTENING_DIVISOR)
+        )
+        self.plain = PlainServer(config, self)
         self.gone = trio.Event()
         self.max_resume_window = config.max_resume_window
+        self.udp_timeout = config.udp_timeout
         self._config = config
+        self._front = Front(config.proxy_protocol, config.trust_proxy)
         self._context = context
         self._descriptors = descriptors
+        self.dynamic = DynamicForwards(reactor, nursery, most=self._most_handshakes())
         self._id = secrets.token_urlsafe(16)
         self._boot = secrets.token_urlsafe(16)
         self._budget = Budget(limits.PROCESS_BYTES)
         self._crowd = Crowd()
         self._principals: dict[str, Principal] = {}
-        self._limiters: dict[str, trio.CapacityLimiter] = {}
         self._sessions: dict[tuple[str, str], ServerSession] = {}
         self._greeting: dict[Link, str] = {}  # links before hello, and their principal's name
         self._handshakes: dict[trio.CancelScope, None] = {}
@@ -99,60 +121,85 @@ class Server:
 
     def accepted(self, sock: socket.socket) -> None:
         """A new connection: its handshake runs as a task of its own."""
-        if len(self._handshakes) >= min(limits.HANDSHAKES, self._descriptors // limits.HANDSHAKES_DIVISOR):
-            self.drop_oldest()
+        if len(self._handshakes) >= self._most_handshakes():
+            self._drop_handshake()
         scope = trio.CancelScope()
         self._handshakes[scope] = None
         self.nursery.start_soon(self._handshake, sock, scope)
 
     def drop_oldest(self) -> None:
+        """No descriptor is left: what only connected, here or at a reverse forward that is a proxy, gives some back."""
+        self._drop_handshake()
+        self.dynamic.drop_oldest()
+
+    def _drop_handshake(self) -> None:
         """Strangers who only connect must not lock users out: the handshake that began first goes."""
         if self._handshakes:
             oldest = next(iter(self._handshakes))
             del self._handshakes[oldest]
             oldest.cancel()
 
+    def _most_handshakes(self) -> int:
+        return min(limits.HANDSHAKES, self._descriptors // limits.HANDSHAKES_DIVISOR)
+
     def share(self, most: int) -> int:
         """`most`, or one principal's part of the descriptors if that is less."""
         return min(most, int(self._descriptors * limits.PRINCIPAL_SHARE))
 
     async def _handshake(self, sock: socket.socket, scope: trio.CancelScope) -> None:
-        peer = tcp.peer_name(sock)
+        peer = Peer.of(sock, tcp.peer_name(sock))
         transport = Transport(sock, self._context, server_side=True)
         try:
             with scope:
                 await self._answer(transport, peer)
         except (ssl.SSLError, OSError, trio.BrokenResourceError) as error:
-            _log.debug("connection failed in its handshake", peer=peer, reason=str(error))
+            _log.debug("connection failed in its handshake", peer=peer.name, reason=str(error))
         finally:
             self._handshakes.pop(scope, None)
             transport.close()
 
-    async def _answer(self, transport: Transport, peer: str) -> None:
+    async def _answer(self, transport: Transport, peer: Peer) -> None:
         """Upgrade, or refuse. A refusal lingers, and counts as a handshake until it is over."""
         refusal: HandshakeError | None = None
+        unannounced: str | None = NO_HEADER
         secured = False
         with trio.move_on_after(limits.HANDSHAKE_SECONDS) as deadline:
             try:
+                if not await self._front.greet(transport, peer):
+                    return
+                unannounced = None
                 await transport.handshake()
                 secured = True
-                await self._upgrade(transport, RequestReader(), peer)
+                await self._upgrade(transport, RequestReader(), peer, deadline)
             except HandshakeError as error:
                 refusal = error
+            except ProtocolError as error:
+                unannounced = str(error)
+        if unannounced is not None:
+            # No answer: in which protocol it would be, nobody knows.
+            _log.warning("connection closed", peer=peer.name, reason=unannounced)
+            return
         if deadline.cancelled_caught:
             refusal = HandshakeError(408, "the request did not arrive in time")
         if refusal is not None:
-            _log.warning("connection refused", peer=peer, status=refusal.status, reason=str(refusal))
+            _log.warning("connection refused", peer=peer.name, status=refusal.status, reason=str(refusal))
             if secured:
                 await self._refuse(transport, refusal)
 
-    async def _upgrade(self, transport: Transport, reader: RequestReader, peer: str) -> None:
+    async def _upgrade(
+        self, transport: Transport, reader: RequestReader, peer: Peer, deadline: trio.CancelScope
+    ) -> None:
         request = None
         while request is None:
             data = await transport.receive(limits.HEAD_BYTES)
             if not data:
                 return
             request = reader.feed(data)
+        self._front.believe(peer, request)
+        endpoint = self.plain.find(request.path)
+        if endpoint is not None:
+            await self.plain.serve(endpoint, transport, request, reader=reader, peer=peer.name, deadline=deadline)
+            return
         upgrade = handshake.accept(request, path=self._config.path, subprotocols=(SUBPROTOCOL,))
         token = handshake.bearer_token(request) or ""
         try:
@@ -162,17 +209,30 @@ class Server:
             raise HandshakeError(503, "try again later") from error
         if name is None:
             raise HandshakeError(401, "no valid token", (("WWW-Authenticate", 'Bearer realm="wstunnel"'),))
-        if self._links_of(name) >= self.share(limits.PRINCIPAL_LINKS):
+        if self.links_of(name) >= self.share(limits.PRINCIPAL_LINKS):
             raise HandshakeError(503, "too many links")
         await transport.send(handshake.accept_response(upgrade))
-        link = Link(LinkProtocol("server"), self, peer=peer, now=self.reactor.now)
+        link = Link(LinkProtocol("server"), self, peer=peer.name, now=self.reactor.now)
         self._greeting[link] = name
         link.start(self.reactor, transport.detach(), reader.leftover)
 
-    def _links_of(self, name: str) -> int:
+    def links_of(self, name: str) -> int:
         """A user's links, those included that have not said hello yet."""
         principal = self._principals.get(name)
         return (0 if principal is None else principal.links) + sum(user == name for user in self._greeting.values())
+
+    def principal(self, name: str) -> Principal:
+        """Who was authenticated by that name, since the server started or now for the first time."""
+        principal = self._principals.get(name)
+        if principal is None:
+            principal = Principal(
+                name,
+                self._budget,
+                self._principals,
+                remember=max(self.max_resume_window, limits.RESUME_WINDOW_SECONDS),
+                crowd=self._crowd,
+            )
+        return principal
 
     @staticmethod
     async def _refuse(transport: Transport, error: HandshakeError) -> None:
@@ -192,17 +252,7 @@ class Server:
             link.protocol.send(self._welcome(known=False))  # it says which version would do
             _log.warning("client refused", peer=link.peer, principal=name, version=message.version)
             raise ProtocolError(f"version {message.version} is not spoken here, only {VERSION}", 1008)
-        if message.role == "reverse":
-            raise ProtocolError("reverse links are not offered", 1008)
-        principal = self._principals.get(name)
-        if principal is None:
-            principal = Principal(
-                name,
-                self._budget,
-                self._principals,
-                remember=max(self.max_resume_window, limits.RESUME_WINDOW_SECONDS),
-                crowd=self._crowd,
-            )
+        principal = self.principal(name)
         session = self._sessions.get((name, message.session))
         known = session is not None
         if session is None:
@@ -216,7 +266,10 @@ class Server:
             )
         del self._greeting[link]
         session.adopt_link(link)
-        link.protocol.send(self._welcome(known=known, resume_window=int(session.resume_window)))
+        quiet = min(message.quiet, QUIET_SECONDS)
+        if quiet > limits.PING_AFTER_SECONDS:
+            link.leave_alone(quiet)
+        link.protocol.send(self._welcome(known=known, resume_window=int(session.resume_window), quiet=quiet))
         session.welcomed(link)
         if message.role == "control" and not session.settled:
             session.settled = True
@@ -228,9 +281,13 @@ class Server:
         for other in list(session.principal.sessions):
             if other is not session and not other.links:
                 _log.info("session displaced by the user's next one", **other.describe())
-                other.close(1000, "the user's next session has begun")
+                if isinstance(other, ServerSession) and other.reverse:
+                    # Not at once: the next session is about to take its places over, without a gap.
+                    self.reactor.at(self.reactor.now + TAKE_OVER_SECONDS, partial(_end_displaced, other))
+                else:
+                    other.close(1000, DISPLACED)
 
-    def _welcome(self, *, known: bool, resume_window: int = 0) -> Welcome:
+    def _welcome(self, *, known: bool, resume_window: int = 0, quiet: int = 0) -> Welcome:
         return Welcome(
             version=VERSION,
             server=self._id,
@@ -239,6 +296,7 @@ class Server:
             resume_window=resume_window,
             keepalive=KEEPALIVE_ADVICE,
             features=list(FEATURES),
+            quiet=quiet,
         )
 
     def idle(self, link: Link) -> None:
@@ -255,50 +313,13 @@ class Server:
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    def dial(self, principal: Principal, stream: Stream, target: Target) -> None:
-        """Connect a new stream to its target; what takes time is a task of its own, which `stream.dialling` cancels.
+    def dial(self, principal: Principal, stream: Stream | DialledFlow, target: Target) -> None:
+        """Connect a new stream or flow to its target."""
+        self.egress.dial(stream, target, self.policy, principal=principal.name)
 
-        Not before the end of the reactor's batch: the link that brought `open` is still being read.
-        """
-        self.reactor.later(partial(self._dial, principal, stream, target))
-
-    def _dial(self, principal: Principal, stream: Stream, target: Target) -> None:
-        if stream.outcome is not None or stream.reason is not None:
-            return  # it was reset in the same read: nobody wants the target any more
-        try:
-            begun = begin_dial(target, self.policy)
-        except Exception as error:
-            _refuse_target(stream, error)
-            return
-        if begun is not None and begun.done:
-            self._connected(stream, begun.sock, begun.address)
-        else:
-            stream.dialling = trio.CancelScope()
-            self.nursery.start_soon(self._await_dial, principal, stream, stream.dialling, target, begun)
-
-    async def _await_dial(
-        self, principal: Principal, stream: Stream, scope: trio.CancelScope, target: Target, begun: Begun | None
-    ) -> None:
-        with scope:
-            try:
-                sock, address = await dial_target(target, self.policy, limiter=self.limiter(principal), begun=begun)
-            except Exception as error:
-                _refuse_target(stream, error)
-                return
-            self._connected(stream, sock, address)
-
-    def _connected(self, stream: Stream, sock: socket.socket, address: str) -> None:
-        try:
-            stream.connected(self.reactor, sock, address)
-        except Exception as error:
-            stream.fail(error)
-
-    def limiter(self, principal: Principal) -> trio.CapacityLimiter:
-        """Bounds the principal's threads that resolve names."""
-        limiter = self._limiters.get(principal.name)
-        if limiter is None:
-            limiter = self._limiters[principal.name] = trio.CapacityLimiter(RESOLVER_THREADS)
-        return limiter
+    def negotiate(self, place: Place, sock: socket.socket) -> None:
+        """An application at a reverse forward that is a proxy."""
+        self.dynamic.accepted(sock, place.forward, place.way, principal=place.principal.name)
 
     def forget(self, session: ServerSession) -> None:
         """The session has neither links nor streams any more."""
@@ -310,8 +331,12 @@ class Server:
         )
         self._check_gone()
 
+    def plain_gone(self) -> None:
+        """A plain endpoint's connection ended."""
+        self._check_gone()
+
     def _check_gone(self) -> None:
-        if self._stopping and not self._sessions and not self._greeting:
+        if self._stopping and not (self._sessions or self._greeting or self.plain.connections):
             self.gone.set()
 
     async def sweep_forever(self) -> None:
@@ -323,10 +348,12 @@ class Server:
             if sleep.slept(now, boottime()):
                 for session in self._sessions.values():
                     session.woke(now)
+                self.plain.woke(now)
             for link in list(self._greeting):
                 link.sweep(now)
             for session in list(self._sessions.values()):
                 session.sweep(now)
+            self.plain.sweep(now)
             for principal in self._principals.values():
                 principal.tombstones.sweep(now)
 
@@ -340,16 +367,13 @@ class Server:
         for session in list(self._sessions.values()):
             session.drain()
             session.close(1001, "the server is stopping")
+        self.plain.stop()
         self._check_gone()
 
 
-def _refuse_target(stream: Stream, error: Exception) -> None:
-    """The dial failed: for a reason that the client is told, or by our own fault, which ends this stream only."""
-    if not isinstance(error, StreamError):
-        stream.fail(error)
-        return
-    stream.note = " ".join(getattr(error, "__notes__", ()))
-    stream.reset(error.code, str(error))
+def _end_displaced(session: ServerSession) -> None:
+    if not session.links:
+        session.close(1000, DISPLACED)
 
 
 def _tls(config: ServerConfig) -> tuple[ssl.SSLContext | None, tuple[bytes, ...]]:
@@ -362,12 +386,33 @@ def _tls(config: ServerConfig) -> tuple[ssl.SSLContext | None, tuple[bytes, ...]
     return tls.server_context(cert, key), (tls.certificate_pin(cert),)
 
 
-def _warn_plain(config: ServerConfig, addresses: tuple[str, ...]) -> None:
-    if config.plain and not all(ip_address(address).is_loopback for address in addresses):
+def _warn_exposed(config: ServerConfig, addresses: tuple[str, ...]) -> None:
+    if all(ip_address(address).is_loopback for address in addresses):
+        return
+    if config.plain:
         _log.warning(
             "--plain on an address that others reach: tokens travel in the clear unless a proxy in front ends TLS",
             bind=" ".join(addresses),
         )
+    if config.endpoints and config.endpoint_auth == "none":
+        _log.warning(
+            "--endpoint-auth none on an address that others reach: whoever reaches it may use every endpoint",
+            bind=" ".join(addresses),
+        )
+
+
+def _bind(config: ServerConfig, addresses: tuple[str, ...], listeners: list[Bound]) -> None:
+    """Bind everything, TCP first, appending to `listeners`, which the caller closes, also when this fails.
+
+    Raises:
+        LocalError: in use, not permitted, no such address, no such directory.
+    """
+    if addresses:
+        sockets = tcp.bind_all(addresses, config.port, lenient=not config.bind)
+        listeners += [Bound(sock, tcp.local_name(sock)) for sock in sockets]
+    for path, mode in config.bind_unix:
+        sock, file = unix.bind(path, mode)
+        listeners.append(Bound(sock, f"unix:{path}", file))
 
 
 async def run(
@@ -375,7 +420,7 @@ async def run(
 ) -> None:
     """The server, until `shutdown` is set; then it closes everything within 2 × LINGER_SECONDS and returns.
 
-    It binds, makes its certificate, writes its announcement, and only then listens.
+    It binds, makes its certificate, writes its announcement, and only then listens: but on Unix sockets at once.
 
     Args:
         config: what to do.
@@ -386,22 +431,25 @@ async def run(
         LocalError: a port in use, no permission, an unreadable file.
     """
     available = descriptors.raise_limit()
-    addresses = config.bind or ("0.0.0.0", "::")  # noqa: S104  # the documented default
-    listeners = tcp.bind_all(addresses, config.port, lenient=not config.bind)
+    addresses = config.bind
+    if not addresses and not config.bind_unix:
+        addresses = ("0.0.0.0", "::")  # noqa: S104  # the documented default
+    listeners: list[Bound] = []
     try:
+        _bind(config, addresses, listeners)
         context, pins = _tls(config)
-        port = listeners[0].getsockname()[1]
+        port = listeners[0].sock.getsockname()[1] if addresses else None
         write_announcement(
             config.state_dir,
             Announcement(scheme="ws" if config.plain else "wss", port=port, path=config.path, pins=pins),
         )
         for listener in listeners:
-            tcp.activate(listener)
+            tcp.activate(listener.sock)
     except BaseException:
         for listener in listeners:
             listener.close()
         raise
-    _warn_plain(config, addresses)
+    _warn_exposed(config, addresses)
     try:
         await _serve(config, listeners, context, available=available, shutdown=shutdown, task_status=task_status)
     finally:
@@ -411,7 +459,7 @@ async def run(
 
 async def _serve(
     config: ServerConfig,
-    listeners: list[socket.socket],
+    listeners: list[Bound],
     context: ssl.SSLContext | None,
     *,
     available: int,
@@ -422,8 +470,8 @@ async def _serve(
         reactor = make_reactor()
         await nursery.start(reactor.run)
         server = Server(config, reactor, nursery, listeners, context, descriptors=available)
-        names = [tcp.local_name(listener) for listener in listeners]
-        accepting = [tcp.Listener(listener, server.accepted, server.drop_oldest) for listener in listeners]
+        names = [listener.name for listener in listeners]
+        accepting = [tcp.Listener(listener.sock, server.accepted, server.drop_oldest) for listener in listeners]
         for acceptor in accepting:
             acceptor.start(reactor)
         nursery.start_soon(server.sweep_forever)
@@ -438,6 +486,9 @@ async def _serve(
         await shutdown.wait()
         systemd.notify("STOPPING=1", environ=os.environ)
         nursery.cancel_scope.deadline = trio.current_time() + 2 * limits.LINGER_SECONDS
+        for listener in listeners:
+            listener.unlink()
+        listeners.clear()  # once is enough: by now another server may have the path
         for acceptor in accepting:
             reactor.drop(acceptor)
         server.stop()

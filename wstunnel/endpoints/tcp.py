@@ -1,10 +1,11 @@
-"""TCP listeners: bind, and accept on the reactor."""
+"""Listeners: bind TCP ports, and accept on the reactor, from whatever socket listens."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable
 
 from wstunnel import logs
@@ -22,12 +23,13 @@ RETRY_SECONDS = 0.1
 _RETRY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-def bind(address: str, port: int) -> socket.socket:
+def bind(address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """Bind a non-blocking socket. It listens once `activate` was called.
 
     Args:
         address: an IP address without brackets; `::` binds IPv6 only.
         port: 0 picks one.
+        kind: SOCK_DGRAM binds a UDP socket.
 
     Returns:
         the bound socket, which the caller closes.
@@ -37,10 +39,10 @@ def bind(address: str, port: int) -> socket.socket:
         OSError: EAFNOSUPPORT when the machine has no IPv6 (or IPv4).
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, kind)
     try:
         sock.setblocking(False)
-        if os.name == "posix":
+        if os.name == "posix" and kind == socket.SOCK_STREAM:  # on UDP it would let two programs share the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -51,7 +53,7 @@ def bind(address: str, port: int) -> socket.socket:
         if error.errno == errno.EAFNOSUPPORT:
             raise
         if error.errno == errno.EADDRINUSE:
-            raise _in_use(where) from error
+            raise _in_use(where, kind) from error
         if error.errno == errno.EACCES:
             raise LocalError(
                 f"cannot listen on {where}: no permission for ports below 1024; run as root, with the capability"
@@ -63,13 +65,16 @@ def bind(address: str, port: int) -> socket.socket:
     return sock
 
 
-def bind_all(addresses: tuple[str, ...], port: int, *, lenient: bool) -> list[socket.socket]:
+def bind_all(
+    addresses: tuple[str, ...], port: int, *, lenient: bool, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> list[socket.socket]:
     """Bind every address, with the same port when 0 picks one.
 
     Args:
         addresses: IP addresses without brackets.
         port: 0 picks one.
         lenient: nobody named these addresses one by one (`*`, `localhost`): one that the machine lacks is left out.
+        kind: as in `bind`.
 
     Raises:
         LocalError: one of them cannot be bound; none is left open.
@@ -79,7 +84,7 @@ def bind_all(addresses: tuple[str, ...], port: int, *, lenient: bool) -> list[so
     try:
         for address in addresses:
             try:
-                sock = bind(address, port)
+                sock = bind(address, port, kind)
             except OSError as error:
                 missing = error
                 if not lenient:
@@ -117,22 +122,34 @@ def activate(listener: socket.socket) -> None:
         raise _in_use(local_name(listener)) from error
 
 
-def _in_use(where: str) -> LocalError:
-    return LocalError(f"cannot listen on {where}: the port is in use; stop what uses it (ss -ltnp) or choose another")
+def _in_use(where: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> LocalError:
+    tool = "ss -ltnp" if kind == socket.SOCK_STREAM else "ss -lunp"
+    return LocalError(f"cannot listen on {where}: the port is in use; stop what uses it ({tool}) or choose another")
 
 
 def peer_name(sock: socket.socket) -> str:
-    """The other end as `192.0.2.1:5000` or `[2001:db8::1]:5000`; empty once it is gone."""
+    """The other end as `192.0.2.1:5000`, `[2001:db8::1]:5000` or `unix:uid=1000,pid=4711`; empty once it is gone."""
     try:
         address = sock.getpeername()
+        if isinstance(address, str | bytes):
+            return _unix_peer(sock)
     except OSError:
         return ""
     return join_host_port(address[0], address[1])
 
 
+def _unix_peer(sock: socket.socket) -> str:
+    if not hasattr(socket, "SO_PEERCRED"):
+        return "unix:"
+    pid, uid, _gid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return f"unix:uid={uid},pid={pid}"
+
+
 def local_name(sock: socket.socket) -> str:
-    """This end's address."""
+    """This end's address: host and port, or a Unix socket's path."""
     address = sock.getsockname()
+    if isinstance(address, str | bytes):
+        return os.fsdecode(address)
     return join_host_port(address[0], address[1])
 
 
@@ -145,7 +162,7 @@ class Listener(Handler):
         exhausted: called when no descriptor is left, before the next attempt: it may give some back.
     """
 
-    __slots__ = ("_accepted", "_exhausted", "_listener", "_told")
+    __slots__ = ("_accepted", "_exhausted", "_is_tcp", "_listener", "_told")
 
     def __init__(
         self,
@@ -157,6 +174,7 @@ class Listener(Handler):
         self._listener = listener
         self._accepted = accepted
         self._exhausted = exhausted
+        self._is_tcp = listener.family in (socket.AF_INET, socket.AF_INET6)
         self._told = False
 
     def start(self, reactor: Reactor) -> None:
@@ -166,7 +184,7 @@ class Listener(Handler):
             LocalError: the reactor cannot watch it; it is closed.
         """
         try:
-            reactor.adopt(self, self._listener)
+            reactor.adopt(self, self._listener, look=False)
         except LocalError:
             self._listener.close()
             raise
@@ -186,7 +204,8 @@ class Listener(Handler):
                 continue  # it was aborted before we got to it (accept(2)): nobody is waiting
             try:
                 sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._is_tcp:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except OSError:
                 sock.close()  # macOS says EINVAL when the peer has gone already
                 continue

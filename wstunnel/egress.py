@@ -1,0 +1,128 @@
+"""The end that dials: a stream's target, under a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from wstunnel.dial import NO_SOURCES, Sources, begin_dial, dial_target
+from wstunnel.errors import StreamError
+
+if TYPE_CHECKING:
+    import socket
+
+    from wstunnel.flow import DialledFlow
+    from wstunnel.policy import Policy
+    from wstunnel.reactor import Reactor
+    from wstunnel.stream import Stream
+    from wstunnel.targets import Target
+
+RESOLVER_THREADS = 8
+"""Names that one principal resolves at once: slow names of one user must not stop the others."""
+
+Prelude = Callable[["Stream"], bytes]
+"""What the target is sent before the stream's own bytes."""
+
+
+class Egress:
+    """Connects streams to their targets, and datagram flows.
+
+    Args:
+        reactor: where sockets live.
+        nursery: where dials that take time run.
+        sources: where connections come from.
+    """
+
+    def __init__(self, reactor: Reactor, nursery: trio.Nursery, sources: Sources = NO_SOURCES) -> None:
+        self.sources = sources
+        self._reactor = reactor
+        self._nursery = nursery
+        self._limiters: dict[str, trio.CapacityLimiter] = {}
+
+    def dial(
+        self,
+        stream: Stream | DialledFlow,
+        target: Target,
+        policy: Policy,
+        *,
+        principal: str,
+        prelude: Prelude | None = None,
+    ) -> None:
+        """Connect a new stream or flow; what takes time is a task of its own, which `stream.dialling` cancels.
+
+        Not before the end of the reactor's batch: the link that brought `open` is still being read.
+
+        Args:
+            stream: from the peer's `open`.
+            target: what to dial.
+            policy: whether it may be dialled.
+            principal: whose threads resolve names.
+            prelude: at most 4 KiB, for the target of a stream.
+        """
+        self._reactor.later(partial(self._dial, stream, target, policy, principal, prelude))
+
+    def _dial(
+        self, stream: Stream | DialledFlow, target: Target, policy: Policy, principal: str, prelude: Prelude | None
+    ) -> None:
+        if stream.outcome is not None or stream.reason is not None:
+            return  # it was reset in the same read: nobody wants the target any more
+        try:
+            begun = begin_dial(target, policy, self.sources)
+        except Exception as error:
+            _refuse_target(stream, error)
+            return
+        if begun is not None and begun.done:
+            self._connected(stream, begun.sock, begun.address, prelude)
+        else:
+            stream.dialling = trio.CancelScope()
+            dial = partial(
+                dial_target, target, policy, limiter=self.limiter(principal), sources=self.sources, begun=begun
+            )
+            self._nursery.start_soon(self._await_dial, stream, stream.dialling, dial, prelude)
+
+    async def _await_dial(
+        self,
+        stream: Stream | DialledFlow,
+        scope: trio.CancelScope,
+        dial: Callable[[], Awaitable[tuple[socket.socket, str]]],
+        prelude: Prelude | None,
+    ) -> None:
+        with scope:
+            try:
+                sock, address = await dial()
+            except Exception as error:
+                _refuse_target(stream, error)
+                return
+            self._connected(stream, sock, address, prelude)
+
+    def _connected(
+        self, stream: Stream | DialledFlow, sock: socket.socket, address: str, prelude: Prelude | None
+    ) -> None:
+        try:
+            if prelude is not None:
+                try:
+                    sock.send(prelude(stream))  # type: ignore[arg-type]  # only streams have one; the buffer of a new connection takes it whole
+                except OSError:
+                    pass  # the stream's first read says so again
+            stream.connected(self._reactor, sock, address)
+        except Exception as error:
+            stream.fail(error)
+
+    def limiter(self, principal: str) -> trio.CapacityLimiter:
+        """Bounds the principal's threads that resolve names."""
+        limiter = self._limiters.get(principal)
+        if limiter is None:
+            limiter = self._limiters[principal] = trio.CapacityLimiter(RESOLVER_THREADS)
+        return limiter
+
+
+def _refuse_target(stream: Stream | DialledFlow, error: Exception) -> None:
+    """The dial failed: for a reason that the peer is told, or by our own fault, which ends this stream only."""
+    if not isinstance(error, StreamError):
+        stream.fail(error)
+        return
+    stream.note = " ".join(getattr(error, "__notes__", ()))
+    stream.reset(error.code, str(error))
