@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import socket
 import ssl
@@ -19,7 +20,7 @@ from tests.roles import descriptors, free_port, tcp_pair
 from wstunnel import dialler as dialler_module
 from wstunnel import limits, sockets, tls
 from wstunnel.auth import LoginUrl, Token, parse_login_url
-from wstunnel.dialler import AGENT, Dialler
+from wstunnel.dialler import AGENT, ServerDialler
 from wstunnel.errors import NetworkError, ServerRefusedError, TrustError, UsageError
 
 TOKEN = Token.new()
@@ -132,7 +133,7 @@ def url(port: int, scheme: Any = "ws", path: str = "/", host: str = "127.0.0.1")
 class TestRequest:
     async def test_path_token_agent_and_headers_of_ones_own(self, nursery: trio.Nursery) -> None:
         server = await Accepting().start(nursery)
-        dialler = Dialler(url(server.port, path="/t"), None, headers=(("X-Team", "blue"),))
+        dialler = ServerDialler(url(server.port, path="/t"), None, headers=(("X-Team", "blue"),))
         sock, leftover = await dialler.dial()
         sock.close()
         assert leftover == b""
@@ -145,7 +146,7 @@ class TestRequest:
 
     async def test_each_dial_has_a_key_of_its_own(self, nursery: trio.Nursery) -> None:
         server = await Accepting().start(nursery)
-        dialler = Dialler(url(server.port), None)
+        dialler = ServerDialler(url(server.port), None)
         for _ in range(2):
             (await dialler.dial())[0].close()
         keys = {line for head in server.heads for line in head.split(b"\r\n") if line.startswith(b"Sec-WebSocket-Key")}
@@ -153,13 +154,71 @@ class TestRequest:
 
     def test_a_url_without_a_token_is_refused_before_anything(self) -> None:
         with pytest.raises(UsageError, match="no token"):
-            Dialler(parse_login_url("ws://127.0.0.1/"), None)
+            ServerDialler(parse_login_url("ws://127.0.0.1/"), None)
+
+
+class TestWay:
+    async def test_a_host_of_ones_own(self, nursery: trio.Nursery) -> None:
+        server = await Accepting().start(nursery)
+        headers = (("Host", "other.example.org"), ("user-agent", "mine"))
+        (await ServerDialler(url(server.port), None, headers=headers).dial())[0].close()
+        fields = server.heads[0].decode().split("\r\n")[1:]
+        assert [field for field in fields if field.startswith("Host:")] == ["Host: other.example.org"]
+        assert [field for field in fields if field.lower().startswith("user-agent:")] == ["user-agent: mine"]
+
+    async def test_a_name_of_ones_own_is_asked_for_and_verified(
+        self, nursery: trio.Nursery, certificates: Certificates
+    ) -> None:
+        asked: list[str | None] = []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificates.authority.issue_cert("elsewhere.example").configure_cert(context)
+        context.sni_callback = lambda _socket, name, _context: asked.append(name)
+        server = await Accepting(context).start(nursery)
+        client = tls.client_context(certificates.ca, ())
+        (await ServerDialler(url(server.port, "wss"), client, server_name="elsewhere.example").dial())[0].close()
+        assert asked == ["elsewhere.example"]
+        with pytest.raises(TrustError):
+            await ServerDialler(url(server.port, "wss"), client, server_name="another.example").dial()
+        with pytest.raises(TrustError):
+            await ServerDialler(url(server.port, "wss"), client).dial()
+
+    @pytest.mark.parametrize(("family", "kind"), [(socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")])
+    async def test_one_family_only(
+        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, family: socket.AddressFamily, kind: str
+    ) -> None:
+        dialled: list[str] = []
+
+        async def connect(_family: object, sockaddr: tuple[str, int]) -> socket.socket:
+            dialled.append(sockaddr[0])
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
+
+        def resolve(*_: object, **__: object) -> Any:
+            return [(family, 0, 0, "", (host, 1)) for family, host in addresses]
+
+        addresses = [(socket.AF_INET6, "fd00::1"), (socket.AF_INET, "10.0.0.1")]
+        defaults = {"family": None, "limiter": None, "resolve": resolve, "connect": connect}
+        monkeypatch.setattr("wstunnel.dial.dial_server.__kwdefaults__", defaults)
+        with pytest.raises(NetworkError):
+            await ServerDialler(url(80, host="both.example"), None, family=family).dial()
+        assert dialled == [host for one, host in addresses if one == family]
+        addresses = [one for one in addresses if one[0] != family]
+        with pytest.raises(NetworkError, match=f"it has no {kind} address") as caught:
+            await ServerDialler(url(80, host="one.example"), None, family=family).dial()
+        assert caught.value.layer == "name"
+
+    async def test_it_knows_no_other_server(self) -> None:
+        ServerDialler(url(80), None).failed(NetworkError("tunnel", "x"))
+
+    async def test_who_issued_what_is_not_trusted(self, nursery: trio.Nursery, certificates: Certificates) -> None:
+        server = await Accepting(certificates.server).start(nursery)
+        with pytest.raises(TrustError, match='It was issued by "trustme'):
+            await ServerDialler(url(server.port, "wss"), tls.client_context(None, ())).dial()
 
 
 class TestConnection:
     async def test_the_socket_is_handed_over_ready(self, nursery: trio.Nursery) -> None:
         server = await Accepting().start(nursery)
-        sock, _ = await Dialler(url(server.port), None).dial()
+        sock, _ = await ServerDialler(url(server.port), None).dial()
         assert not sock.getblocking()
         assert sock.getpeername() == ("127.0.0.1", server.port)
         sock.close()
@@ -167,7 +226,7 @@ class TestConnection:
     @pytest.mark.parametrize("pieces", [1 << 20, 7])
     async def test_bytes_behind_the_head_are_kept(self, nursery: trio.Nursery, pieces: int) -> None:
         server = await Accepting(extra=b"\x81\x02{}", pieces=pieces).start(nursery)
-        sock, leftover = await Dialler(url(server.port), None).dial()
+        sock, leftover = await ServerDialler(url(server.port), None).dial()
         while len(leftover) < 4:
             await trio.lowlevel.wait_readable(sock)
             leftover += sock.recv(100)
@@ -177,14 +236,14 @@ class TestConnection:
     async def test_over_tls(self, nursery: trio.Nursery, certificates: Certificates) -> None:
         server = await Accepting(certificates.server).start(nursery)
         context = tls.client_context(certificates.ca, ())
-        sock, _ = await Dialler(url(server.port, "wss"), context).dial()
+        sock, _ = await ServerDialler(url(server.port, "wss"), context).dial()
         assert isinstance(sock, ssl.SSLSocket)
         sock.close()
 
     async def test_with_a_pin_the_pin_alone_decides(self, nursery: trio.Nursery, certificates: Certificates) -> None:
         server = await Accepting(certificates.server).start(nursery)
         pins = (bytes(32), certificates.pin)
-        sock, _ = await Dialler(url(server.port, "wss"), tls.client_context(None, pins), pins=pins).dial()
+        sock, _ = await ServerDialler(url(server.port, "wss"), tls.client_context(None, pins), pins=pins).dial()
         sock.close()
 
 
@@ -205,7 +264,7 @@ class TestTrust:
         pins = (bytes(32),)
         before = descriptors()
         with pytest.raises(TrustError, match="the server's key is not the one in the login URL") as caught:
-            await Dialler(url(server.port, "wss"), tls.client_context(None, pins), pins=pins).dial()
+            await ServerDialler(url(server.port, "wss"), tls.client_context(None, pins), pins=pins).dial()
         assert tls.pin_text(certificates.pin) in str(caught.value)
         await wait_all_tasks_blocked(0.05)
         assert not heard
@@ -218,7 +277,7 @@ class TestTrust:
         trustme.CA().cert_pem.write_to_path(str(other))
         server, heard = await self.impostor(nursery, certificates.server)
         with pytest.raises(TrustError, match=rf"^127\.0\.0\.1:{server.port} did not prove who it is"):
-            await Dialler(url(server.port, "wss"), tls.client_context(other, ())).dial()
+            await ServerDialler(url(server.port, "wss"), tls.client_context(other, ())).dial()
         await wait_all_tasks_blocked(0.05)
         assert not heard
 
@@ -227,7 +286,7 @@ class TestTrust:
         certificates.authority.issue_cert("elsewhere.example").configure_cert(context)
         server, heard = await self.impostor(nursery, context)
         with pytest.raises(TrustError):
-            await Dialler(url(server.port, "wss"), tls.client_context(certificates.ca, ())).dial()
+            await ServerDialler(url(server.port, "wss"), tls.client_context(certificates.ca, ())).dial()
         await wait_all_tasks_blocked(0.05)
         assert not heard
 
@@ -235,7 +294,7 @@ class TestTrust:
         self, nursery: trio.Nursery, certificates: Certificates
     ) -> None:
         server, heard = await self.impostor(nursery, certificates.server)
-        dialler = Dialler(url(server.port, "wss"), tls.client_context(certificates.ca, ()))
+        dialler = ServerDialler(url(server.port, "wss"), tls.client_context(certificates.ca, ()))
         with trio.move_on_after(0.3):
             await dialler.dial()
         assert TOKEN.reveal().encode() in b"".join(heard)
@@ -253,14 +312,14 @@ class TestRefusals:
     async def test_for_good(self, nursery: trio.Nursery, answer: bytes, text: str) -> None:
         server = await Answering(answer).start(nursery)
         with pytest.raises(ServerRefusedError) as caught:
-            await Dialler(url(server.port), None).dial()
+            await ServerDialler(url(server.port), None).dial()
         assert text in str(caught.value)
         assert caught.value.exit_code == 3
 
     async def test_whose_body_ends_with_the_connection(self, nursery: trio.Nursery) -> None:
         server = await Answering(b"HTTP/1.1 401 Unauthorized\r\n\r\nwho are you").start(nursery)
         with pytest.raises(ServerRefusedError, match="refused the token"):
-            await Dialler(url(server.port), None).dial()
+            await ServerDialler(url(server.port), None).dial()
 
     @pytest.mark.parametrize(
         ("answer", "text"),
@@ -274,7 +333,7 @@ class TestRefusals:
     async def test_for_now(self, nursery: trio.Nursery, answer: bytes, text: str) -> None:
         server = await Answering(answer).start(nursery)
         with pytest.raises(NetworkError) as caught:
-            await Dialler(url(server.port), None).dial()
+            await ServerDialler(url(server.port), None).dial()
         assert (caught.value.layer, text in str(caught.value)) == ("http", True), caught.value
 
     async def test_another_subprotocol_is_no_tunnel(self, nursery: trio.Nursery) -> None:
@@ -283,7 +342,7 @@ class TestRefusals:
 
         server = await FakeServer(answer).start(nursery)
         with pytest.raises(NetworkError, match=r"wstunnel\.9") as caught:
-            await Dialler(url(server.port), None).dial()
+            await ServerDialler(url(server.port), None).dial()
         assert caught.value.layer == "websocket"
 
 
@@ -298,13 +357,13 @@ class TestLayers:
             "wstunnel.dial.dial_server.__kwdefaults__", {"limiter": None, "resolve": unknown, "connect": None}
         )
         with pytest.raises(NetworkError, match="nowhere") as caught:
-            await Dialler(url(80, host="nowhere.invalid"), None).dial()
+            await ServerDialler(url(80, host="nowhere.invalid"), None).dial()
         assert caught.value.layer == "name"
 
     async def test_tcp(self) -> None:
         port = free_port()
         with pytest.raises(NetworkError, match=f"cannot connect to 127.0.0.1:{port}") as caught:
-            await Dialler(url(port), None).dial()
+            await ServerDialler(url(port), None).dial()
         assert caught.value.layer == "tcp"
 
     async def test_tls(self, nursery: trio.Nursery) -> None:
@@ -316,7 +375,9 @@ class TestLayers:
 
         server.handler = answer_at_once
         with pytest.raises(NetworkError, match="did you mean ws://") as caught:
-            await Dialler(url(server.port, "wss"), tls.client_context(None, (bytes(32),)), pins=(bytes(32),)).dial()
+            await ServerDialler(
+                url(server.port, "wss"), tls.client_context(None, (bytes(32),)), pins=(bytes(32),)
+            ).dial()
         assert caught.value.layer == "tls"
         assert not isinstance(caught.value, TrustError)
 
@@ -328,7 +389,7 @@ class TestLayers:
 
         server = await FakeServer(abort).start(nursery)
         with pytest.raises(NetworkError) as caught:
-            await Dialler(url(server.port), None).dial()
+            await ServerDialler(url(server.port), None).dial()
         assert (caught.value.layer, str(caught.value)) == (
             "http",
             f"the connection to 127.0.0.1:{server.port} broke during the handshake: Connection reset by peer;"
@@ -342,7 +403,7 @@ class TestLayers:
 
         server = await FakeServer(scribble, certificates.server).start(nursery)
         with pytest.raises(NetworkError, match="broke during the handshake: ") as caught:
-            await Dialler(url(server.port, "wss"), tls.client_context(certificates.ca, ())).dial()
+            await ServerDialler(url(server.port, "wss"), tls.client_context(certificates.ca, ())).dial()
         assert caught.value.layer == "http"
         assert "wss" not in str(caught.value)
 
@@ -350,7 +411,7 @@ class TestLayers:
 class TestDeadline:
     """HANDSHAKE_SECONDS from the first packet to the 101, whatever takes so long."""
 
-    async def fails(self, clock: MockClock, dialler: Dialler) -> NetworkError:
+    async def fails(self, clock: MockClock, dialler: ServerDialler) -> NetworkError:
         caught: list[NetworkError] = []
 
         async def dial() -> None:
@@ -372,7 +433,7 @@ class TestDeadline:
         """The dialler's connection is made already; this is the server's end."""
         near, far = tcp_pair()
 
-        async def dial_server(*_: object) -> socket.socket:
+        async def dial_server(*_: object, **__: object) -> socket.socket:
             return near
 
         monkeypatch.setattr(dialler_module, "dial_server", dial_server)
@@ -391,20 +452,20 @@ class TestDeadline:
             "wstunnel.dial.dial_server.__kwdefaults__",
             {"limiter": None, "resolve": socket.getaddrinfo, "connect": connect},
         )
-        error = await self.fails(mock_clock, Dialler(url(8080), None))
+        error = await self.fails(mock_clock, ServerDialler(url(8080), None))
         assert (error.layer, str(error)) == ("tcp", "cannot connect to 127.0.0.1:8080: no answer within 10 s")
 
     async def test_a_server_that_does_not_shake_hands(self, mock_clock: MockClock, connection: socket.socket) -> None:
-        error = await self.fails(mock_clock, Dialler(url(443, "wss"), tls.client_context(None, ())))
+        error = await self.fails(mock_clock, ServerDialler(url(443, "wss"), tls.client_context(None, ())))
         assert (error.layer, str(error)) == ("tls", "127.0.0.1 did not finish the TLS handshake within 10 s")
 
     async def test_a_server_that_does_not_answer(self, mock_clock: MockClock, connection: socket.socket) -> None:
-        error = await self.fails(mock_clock, Dialler(url(8080), None))
+        error = await self.fails(mock_clock, ServerDialler(url(8080), None))
         assert (error.layer, str(error)) == ("http", "127.0.0.1:8080 did not finish the handshake within 10 s")
 
     async def test_a_server_that_stops_in_its_answer(self, mock_clock: MockClock, connection: socket.socket) -> None:
         connection.send(b"HTTP/1.1 101 Switching")
-        error = await self.fails(mock_clock, Dialler(url(8080), None))
+        error = await self.fails(mock_clock, ServerDialler(url(8080), None))
         assert error.layer == "http"
         assert "in the middle of its answer" in str(error)
 
@@ -413,10 +474,21 @@ class TestDeadline:
     ) -> None:
         connection.send(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 100\r\n\r\nno")
         with pytest.raises(BaseExceptionGroup) as group:
-            await self.fails(mock_clock, Dialler(url(8080), None))
+            await self.fails(mock_clock, ServerDialler(url(8080), None))
         assert group.group_contains(ServerRefusedError, match="refused the token")
+
+    async def test_a_watch_that_ends_the_dial_leaves_nothing_open(self, connection: socket.socket) -> None:
+        class Ending:
+            def opened(self) -> None:
+                raise RuntimeError("enough seen")
+
+        dialler = ServerDialler(url(443), None, watch=Ending())  # type: ignore[arg-type]  # no more is called
+        with pytest.raises(RuntimeError, match="enough seen") as caught:
+            await dialler.dial()
+        assert caught.value.__traceback__ is not None, "which keeps whatever the dial left open"
+        assert connection.recv(1) == b""
 
     async def test_cancelling_leaves_nothing_open(self, connection: socket.socket) -> None:
         with trio.move_on_after(0.01) as scope:
-            await Dialler(url(8080), None).dial()
+            await ServerDialler(url(8080), None).dial()
         assert scope.cancelled_caught

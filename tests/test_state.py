@@ -89,6 +89,9 @@ class TestAnnouncement:
         plain = Announcement(scheme="ws", port=80, path="/")
         write_announcement(tmp_path, plain)
         assert read_announcement(tmp_path) == plain
+        without_port = Announcement(scheme="ws", port=None, path="/")
+        write_announcement(tmp_path, without_port)
+        assert read_announcement(tmp_path) == without_port
         assert [entry.name for entry in tmp_path.iterdir()] == ["server.json"]
         assert mode(tmp_path / "server.json") == 0o600
 

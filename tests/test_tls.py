@@ -565,3 +565,48 @@ def test_a_named_pipe_as_certificate_does_not_hang(tmp_path: Path) -> None:
         tls.server_context(tmp_path / "pipe", tmp_path / "pipe")
     with pytest.raises(LocalError, match="the CA file /dev/zero is not a regular file"):
         tls.client_context(Path("/dev/zero"), ())
+
+
+class TestSystemStore:
+    """Without --ca and pins the operating system decides; truststore is asked where OpenSSL does not know its store."""
+
+    def paths(self, monkeypatch: pytest.MonkeyPatch, cafile: str | None, capath: str | None) -> None:
+        found = ssl.DefaultVerifyPaths(cafile, capath, "", "", "", "")
+        monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: found)
+
+    def test_where_openssl_knows_it_truststore_is_not_asked(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "00000000.0").write_text("")
+        for cafile, capath in (("some.pem", None), (None, str(tmp_path))):
+            self.paths(monkeypatch, cafile, capath)
+            assert type(tls.client_context(None, ())) is ssl.SSLContext
+
+    @pytest.mark.parametrize("platform", ["linux", "darwin"])
+    def test_elsewhere_it_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+        truststore = pytest.importorskip("truststore")
+        monkeypatch.setattr("wstunnel.tls.sys.platform", platform)
+        for capath in (None, str(tmp_path), str(tmp_path / "missing")):
+            self.paths(monkeypatch, "some.pem" if platform == "darwin" else None, capath)
+            context = tls.client_context(None, ())
+            assert type(context) is truststore.SSLContext
+            assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
+            assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+
+    async def test_it_verifies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("truststore")
+        self.paths(monkeypatch, None, None)
+        error = await failure(tls.server_context(*own(tmp_path)), tls.client_context(None, ()))
+        assert isinstance(error, TrustError)
+
+    def test_without_the_library_there_is_openssls(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paths(monkeypatch, None, None)
+        monkeypatch.setitem(sys.modules, "truststore", None)
+        context = tls.client_context(None, ())
+        assert type(context) is ssl.SSLContext
+        assert context.verify_mode is ssl.CERT_REQUIRED
+
+    def test_neither_with_an_authority_nor_with_pins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paths(monkeypatch, None, None)
+        assert type(tls.client_context(own(tmp_path)[0], ())) is ssl.SSLContext
+        assert type(tls.client_context(None, (bytes(32),))) is ssl.SSLContext

@@ -62,7 +62,7 @@ class ServerRefusedError(WstunnelError):
 
 
 class NetworkError(WstunnelError):
-    """The server was not reached. `layer` is one of `name`, `tcp`, `tls`, `http`, `websocket`, `tunnel`."""
+    """The server was not reached. `layer` is one of `name`, `tcp`, `proxy`, `tls`, `http`, `websocket`, `tunnel`."""
 
     def __init__(self, layer: str, message: str) -> None:
         super().__init__(message)

@@ -9,7 +9,7 @@ from wstunnel.errors import LocalError, UsageError
 from wstunnel.state import PrivateDirectory, home_directory, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 DEFAULT_PROFILE: Final = "default"
@@ -39,6 +39,22 @@ def client_url(argument: str | None, environ: Mapping[str, str], profile: str | 
         raise UsageError(
             f"in {URL_VARIABLE}: {error.message}", text=error.text, position=error.position, grammar=error.grammar
         ) from None
+
+
+def client_urls(arguments: Sequence[str], environ: Mapping[str, str], profile: str | None) -> tuple[LoginUrl, ...]:
+    """The servers to use, in the order in which they are tried: several arguments, or several in `WSTUNNEL_URL` with
+    white space between; a profile holds one. Args and errors as those of `client_url`.
+    """
+    variable = environ.get(URL_VARIABLE, "").split()
+    if arguments:
+        urls = tuple(client_url(argument, environ, profile) for argument in arguments)
+    elif profile is not None or len(variable) < 2:
+        return (client_url(None, environ, profile),)
+    else:
+        urls = tuple(client_url(None, {URL_VARIABLE: text}, None) for text in variable)
+    if len(set(urls)) < len(urls):
+        raise UsageError("the same login URL is given twice")
+    return urls
 
 
 def save_profile(name: str, url: LoginUrl, environ: Mapping[str, str]) -> Path:

@@ -98,14 +98,14 @@ class Announcement:
 
     Args:
         scheme: `wss`, or `ws` for `--plain`.
-        port: the port that it listens on.
+        port: the port that it listens on; `None` when it listens on Unix sockets only.
         path: the path of the tunnel endpoint.
         pins: SHA-256 digests (32 bytes each) of the public keys that clients are to trust; empty when the certificate
             is verified by other means, or there is none.
     """
 
     scheme: Literal["wss", "ws"]
-    port: int
+    port: int | None
     path: str
     pins: tuple[bytes, ...] = ()
 
@@ -158,7 +158,7 @@ def _announcement(document: dict[str, object]) -> Announcement:
     scheme, port, path, pins = (document[key] for key in ("scheme", "port", "path", "pins"))
     if scheme not in ("wss", "ws"):
         raise ValueError("scheme is neither wss nor ws")
-    if type(port) is not int or not 1 <= port <= 65535:
+    if port is not None and (type(port) is not int or not 1 <= port <= 65535):
         raise ValueError("port is not a number from 1 to 65535")
     if not isinstance(path, str) or not path.startswith("/") or not path.isascii() or not path.isprintable():
         raise ValueError("path is not a path")

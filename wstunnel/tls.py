@@ -12,6 +12,7 @@ import os
 import socket
 import ssl
 import stat
+import sys
 from typing import TYPE_CHECKING, Final
 
 from wstunnel import logs
@@ -178,23 +179,23 @@ def _public_key_info(cert: bytes) -> bytes:
     """
     # RFC 5280 §4.1: Certificate ::= SEQUENCE { TBSCertificate ::= SEQUENCE { version [0] DEFAULT v1, serialNumber,
     # signature, issuer, validity, subject, subjectPublicKeyInfo, ... }, signatureAlgorithm, signature }
-    start, end = _der_element(cert, 0, len(cert), _SEQUENCE)
+    start, end = der_element(cert, 0, len(cert), _SEQUENCE)
     if end != len(cert):
         raise ValueError("bytes follow the certificate")
-    start, end = _der_element(cert, start, end, _SEQUENCE)
+    start, end = der_element(cert, start, end, _SEQUENCE)
     if cert[start : start + 1] == _VERSION:
-        _, start = _der_element(cert, start, end, _VERSION)
+        _, start = der_element(cert, start, end, _VERSION)
     for tag in (_INTEGER, _SEQUENCE, _SEQUENCE, _SEQUENCE, _SEQUENCE):
-        _, start = _der_element(cert, start, end, tag)
+        _, start = der_element(cert, start, end, tag)
     # SubjectPublicKeyInfo ::= SEQUENCE { algorithm SEQUENCE, subjectPublicKey BIT STRING }
-    inner, end = _der_element(cert, start, end, _SEQUENCE)
-    _, inner = _der_element(cert, inner, end, _SEQUENCE)
-    if _der_element(cert, inner, end, _BIT_STRING)[1] != end:
+    inner, end = der_element(cert, start, end, _SEQUENCE)
+    _, inner = der_element(cert, inner, end, _SEQUENCE)
+    if der_element(cert, inner, end, _BIT_STRING)[1] != end:
         raise ValueError("bytes follow the public key")
     return cert[start:end]
 
 
-def _der_element(data: bytes, start: int, end: int, tag: bytes) -> tuple[int, int]:
+def der_element(data: bytes, start: int, end: int, tag: bytes) -> tuple[int, int]:
     """Where the content of the DER element at `start` begins and ends.
 
     Raises:
@@ -282,20 +283,48 @@ def client_context(ca: Path | None, pins: tuple[bytes, ...]) -> ssl.SSLContext:
     Raises:
         LocalError: `ca` cannot be read or holds no certificates.
     """
+    if not pins and ca is None:
+        context = _system_context()
+        _restrict(context)
+        return context
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _restrict(context)
     if pins:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    elif ca is None:
-        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    else:
+    elif ca is not None:
         text = _pem(ca, "CA file", "CERTIFICATE-----")
         try:
             context.load_verify_locations(cadata=text)
         except (ssl.SSLError, ValueError) as error:
             raise LocalError(f"the CA file {ca} is malformed: {_reason(error)}") from error
     return context
+
+
+def _system_context() -> ssl.SSLContext:
+    """A client's context that trusts what the operating system trusts, the authorities that its operator added too.
+
+    Where OpenSSL's own paths hold the system's store, as on Linux distributions with their own Python, that is all it
+    takes. Elsewhere the library truststore asks the system, if it is installed.
+    """
+    paths = ssl.get_default_verify_paths()
+    if sys.platform in ("darwin", "win32") or (paths.cafile is None and not _has_entries(paths.capath)):
+        try:
+            import truststore
+        except ImportError:
+            pass  # then OpenSSL's paths are all there is
+        else:
+            return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    return context
+
+
+def _has_entries(directory: str | None) -> bool:
+    try:
+        return directory is not None and bool(os.listdir(directory))
+    except OSError:
+        return False
 
 
 def _restrict(context: ssl.SSLContext) -> None:
@@ -336,10 +365,19 @@ def pin_text(pin: bytes) -> str:
     return "sha256=" + base64.urlsafe_b64encode(pin).rstrip(b"=").decode()
 
 
-def translate_tls_error(error: ssl.SSLError | OSError, host: str) -> NetworkError | TrustError:
-    """Say what a failed handshake with `host` means and what to do. Returns the error for the caller to raise."""
+def translate_tls_error(
+    error: ssl.SSLError | OSError, host: str, *, issuer: str | None = None, plain: str = "ws://"
+) -> NetworkError | TrustError:
+    """Say what a failed handshake with `host` means and what to do. Returns the error for the caller to raise.
+
+    Args:
+        error: what the handshake raised.
+        host: who was spoken to, as a message names it.
+        issuer: who issued the certificate that was shown, see `issuer.issuer_shown`; None if that is not known.
+        plain: what a URL begins with that does without TLS.
+    """
     if isinstance(error, ssl.SSLCertVerificationError):
-        return TrustError(f"{host} did not prove who it is: {_verification_text(error, host)}")
+        return TrustError(f"{host} did not prove who it is: {_verification_text(error, host, issuer)}")
     if isinstance(error, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError | ssl.SSLZeroReturnError):
         return NetworkError(
             "tls",
@@ -351,7 +389,7 @@ def translate_tls_error(error: ssl.SSLError | OSError, host: str) -> NetworkErro
     # An SSLError that Python made itself has no `reason`.
     name = getattr(error, "reason", None)
     if name in _NOT_TLS:
-        text = "the server does not speak TLS on this port; did you mean ws://?"
+        text = "the server does not speak TLS on this port; did you mean ws://?".replace("ws://", plain)
     elif name in _TOO_OLD:
         text = "the server speaks no TLS version from 1.2 on"
     elif name in _WANTS_CERTIFICATE:
@@ -365,13 +403,19 @@ def translate_tls_error(error: ssl.SSLError | OSError, host: str) -> NetworkErro
     return NetworkError("tls", f"the TLS handshake with {host} failed: {text}")
 
 
-def _verification_text(error: ssl.SSLCertVerificationError, host: str) -> str:
+def _verification_text(error: ssl.SSLCertVerificationError, host: str, issuer: str | None) -> str:
     code = getattr(error, "verify_code", 0)
     if code in _UNKNOWN_ISSUER:
-        return (
+        text = (
             "its certificate is self-signed or from an authority that this machine does not know; "
             "use the login URL with its pin, or --ca"
         )
+        if issuer is not None:
+            text += (
+                f". It was issued by {issuer}: if that is your network's own proxy, which then reads all that goes "
+                "through it, and you trust it, name its authority with --ca"
+            )
+        return text
     if code in _WRONG_NAME:
         return (
             f"its certificate is for other names than {host}; "
