@@ -21,6 +21,7 @@ from wstunnel.state import read_announcement
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = ("WSTUNNEL_URL", "STATE_DIRECTORY", "NOTIFY_SOCKET", "NO_COLOR")
+FOREIGN += ("https_proxy", "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
 
 Invoke = Callable[..., Result]
 Program = Callable[..., "subprocess.Popen[str]"]

@@ -20,6 +20,7 @@ from wstunnel.auth import Token
 from wstunnel.cli import running
 from wstunnel.config import ClientConfig
 from wstunnel.forwards import GRAMMAR, parse_forward
+from wstunnel.upstream import Proxies
 
 TOKEN = "T" * 43
 URL = f"wss://{TOKEN}@tunnel.example.org/"
@@ -51,7 +52,7 @@ def test_defaults(invoke: Invoke, captured: Captured, monkeypatch: pytest.Monkey
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     [(config, exit_codes)] = captured
     assert config.url.token == Token.parse(TOKEN)
-    assert config == ClientConfig(url=config.url, local_forwards=parse_forward("5432:db:5432"))
+    assert config == ClientConfig(url=config.url, local_forwards=parse_forward("5432:db:5432"), proxies=Proxies())
     assert exit_codes == {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
@@ -70,6 +71,22 @@ def test_every_flag(invoke: Invoke, captured: Captured) -> None:
     assert config.pins == (PIN, PIN)
     assert config.idle_links == 64
     assert config.exit_on_forward_failure
+
+
+def test_udp(invoke: Invoke, captured: Captured) -> None:
+    assert invoke("client", "-L", "53:db:53/udp", "-R", "54:db:54/udp", "--udp-timeout", "90", URL).exit_code == 0
+    [(config, _)] = captured
+    assert [str(forward.target) for forward in (*config.local_forwards, *config.reverse_forwards)] == [
+        "udp:db:53",
+        "udp:db:54",
+    ]
+    assert config.udp_timeout == 90
+
+
+def test_connect_has_no_udp(invoke: Invoke) -> None:
+    result = invoke("connect", "udp:db:53", URL)
+    assert result.exit_code == 2
+    assert "standard input is a stream of bytes, which UDP has not" in result.stderr
 
 
 @pytest.mark.parametrize(("flags", "warned"), [([], True), (["-q"], True), (["-qq"], False)])
@@ -104,10 +121,9 @@ def test_a_url_with_a_token_as_argument_is_warned_about_once(
         ("1:[::zz]:1", 3),
         ("1:fd00::5:80", None),
         ("1:d b:1", 3),
-        ("1:db:1/udp", 6),
-        ("/tmp/a.sock:db:1", 0),
+        ("/tmp/a.sock:db", None),
         ("wss://x:1", None),
-        ("1:db:1;proxy=v1", 6),
+        ("1:db:1;proxy=v3", 7),
     ],
 )
 def test_every_mistake_in_a_forward_shows_the_grammar(
@@ -127,18 +143,36 @@ def test_every_mistake_in_a_forward_shows_the_grammar(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([URL], "nothing to forward: give at least one -L\nexpected: -L [BIND:]PORT:HOST:HOSTPORT"),
+        (
+            [URL],
+            "nothing to forward: give at least one -L, -R, -D or --http-proxy\nexpected: -L [BIND:]PORT:HOST:HOSTPORT",
+        ),
         ([*FORWARD], "there is no profile `default`"),
         ([*FORWARD, "--profile", "work"], "there is no profile `work`"),
         ([*FORWARD, "--profile", "../x"], "this cannot be a name"),
         ([*FORWARD, "wss://tunnel.example.org"], "the login URL has no token"),
         ([*FORWARD, "https://tunnel.example.org"], "did you mean wss://?"),
         ([*FORWARD, "5432:db:5432"], "a login URL begins with wss://"),
-        ([*FORWARD, URL, "another"], "Got unexpected extra argument (another)"),
+        ([*FORWARD, URL, "another"], "a login URL begins with wss://"),
+        ([*FORWARD, URL, "wss://other.example.org"], "the login URL has no token"),
+        ([*FORWARD, URL, "--proxy", "proxy:3128"], "--proxy: a proxy's URL begins with http://"),
+        ([*FORWARD, URL, "--proxy", "http://ann:hunter2@pro xy"], "    http://***@pro xy"),
+        ([*FORWARD, URL, "--header", "X-Team"], "--header: a colon is missing"),
+        ([*FORWARD, URL, "--header", "X Team: a"], "--header: not a name of a header field"),
+        ([*FORWARD, URL, "--header", "X: a\r\nY: b"], "--header: the value of X has a control character"),
+        ([*FORWARD, URL, "--header", "Upgrade: h2c"], "--header: Upgrade belongs to the handshake"),
+        ([*FORWARD, URL, "--header", "Sec-WebSocket-Key: x"], "belongs to the handshake"),
+        ([*FORWARD, URL, "--header", "authorization: x"], "carries the token"),
+        ([*FORWARD, URL, "--header", "Host: a b"], "--header: not a host"),
+        ([*FORWARD, URL, "--header", "Host: a", "--header", "host: b"], "Host is given more than once"),
+        ([*FORWARD, URL, "--sni", "a:443"], "--sni: "),
+        ([*FORWARD, f"ws://{TOKEN}@127.0.0.1/", "--sni", "a"], "--sni does nothing with a ws:// URL"),
         ([*FORWARD, URL, "--pin", "abc"], "--pin: the pin is malformed"),
         ([*FORWARD, URL, "--pin", "00" * 31], "--pin: the pin is malformed"),
         ([*FORWARD, URL, "--idle-links", "0"], "0 is not in the range 1<=x<=64"),
         ([*FORWARD, URL, "--idle-links", "65"], "65 is not in the range 1<=x<=64"),
+        ([*FORWARD, URL, "--udp-timeout", "0"], "--udp-timeout: one second at least"),
+        ([*FORWARD, URL, "--udp-timeout", "x"], "--udp-timeout: not a time"),
         (["-L"], "Option '-L' requires an argument."),
     ],
 )
@@ -292,3 +326,75 @@ def test_a_port_in_use(program: Program, flags: list[str]) -> None:
     assert line.startswith("wstunnel: error: ")
     assert str(port) in line
     assert "in use" in line
+
+
+class TestWayOut:
+    """Proxies, headers, names, and several servers."""
+
+    OTHER = URL.replace("tunnel", "other")
+
+    def config(self, invoke: Invoke, captured: Captured, *arguments: str) -> ClientConfig:
+        result = invoke("client", *FORWARD, *arguments)
+        assert result.exit_code == 0, result.stderr
+        return captured[0][0]
+
+    def test_flags(self, invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WSTUNNEL_URL", URL)
+        arguments = ("--header", "X-Team:  blue", "--header", "Host: [::1]:8443", "--sni", "cdn.example.org", "-6")
+        config = self.config(invoke, captured, *arguments, "--proxy", "socks5://[::1]")
+        assert config.headers == (("X-Team", "blue"), ("Host", "[::1]:8443"))
+        assert "blue" not in repr(config)
+        assert (config.server_name, config.ip_version) == ("cdn.example.org", 6)
+        assert config.proxies is not None
+        assert str(config.proxies.choose(config.url)) == "socks5://[::1]:1080"
+
+    def test_of_both_families_the_last_one_counts(self, invoke: Invoke, captured: Captured) -> None:
+        assert self.config(invoke, captured, URL, "-6", "-4").ip_version == 4
+
+    @pytest.mark.parametrize("name", ["10.0.0.1", "::1", "Tunnel.example.org"])
+    def test_names_for_tls(self, invoke: Invoke, captured: Captured, name: str) -> None:
+        assert self.config(invoke, captured, URL, "--sni", name).server_name == name
+
+    def test_the_environment(self, invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HTTPS_PROXY", "http://ann:hunter2@proxy:3128")
+        config = self.config(invoke, captured, URL)
+        assert config.proxies is not None
+        assert str(config.proxies.choose(config.url)) == "http://***@proxy:3128"
+        assert "hunter2" not in repr(config)
+        captured.clear()
+        config = self.config(invoke, captured, URL, "--proxy", "none")
+        assert config.proxies is not None
+        assert config.proxies.choose(config.url) is None
+
+    def test_a_broken_variable_is_named(
+        self, invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HTTPS_PROXY", "http://ann:hunter2@")
+        result = invoke("client", *FORWARD, URL)
+        assert result.exit_code == 2
+        assert "in HTTPS_PROXY: the host is missing" in result.stderr
+        assert "hunter2" not in result.stderr
+
+    def test_a_password_among_the_arguments_is_warned_about(
+        self, invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WSTUNNEL_URL", URL)
+        result = invoke("client", *FORWARD, "--proxy", "http://ann:hunter2@proxy")
+        assert (result.exit_code, result.stderr.count("\n")) == (0, 1)
+        assert "the proxy's password is among this command's arguments" in result.stderr
+        assert "hunter2" not in result.stderr
+
+    def test_several_servers(self, invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = self.config(invoke, captured, URL, self.OTHER)
+        assert [url.host.partition(".")[0] for url in (config.url, *config.fallbacks)] == ["tunnel", "other"]
+        captured.clear()
+        monkeypatch.setenv("WSTUNNEL_URL", f" {self.OTHER}\n{URL} ")
+        config = self.config(invoke, captured)
+        assert [url.host.partition(".")[0] for url in (config.url, *config.fallbacks)] == ["other", "tunnel"]
+
+    def test_an_authority_for_the_proxy(self, invoke: Invoke, captured: Captured) -> None:
+        """--ca has a use without TLS to the server, or with a pin."""
+        plain = f"ws://{TOKEN}@127.0.0.1/"
+        assert self.config(invoke, captured, plain, "--ca", "ca.pem", "--proxy", "https://proxy").ca == Path("ca.pem")
+        result = invoke("client", *FORWARD, URL, "--ca", "ca.pem", "--pin", PIN.hex(), "--proxy", "https://proxy")
+        assert "--ca is not used" not in result.stderr

@@ -15,11 +15,17 @@ from tests.cli.conftest import Invoke, Program
 from wstunnel.cli.group import COMMANDS, wstunnel
 
 FLAGS = {
-    "server": "--port --bind --path --plain --cert --key --allow --max-resume-window --state-dir -v -q --log-format",
-    "invite": "--host --state-dir -v -q",
+    "server": "--port --bind --proxy-protocol --trust-proxy --path --plain --cert --key --allow --source --allow-listen"
+    " --max-resume-window --udp-timeout --endpoint --endpoint-auth --endpoint-text --allow-origin --state-dir"
+    " -v -q --log-format",
+    "invite": "--host --url --state-dir -v -q",
     "login": "--profile -v -q",
     "profiles": "-v -q",
-    "client": "-L --profile --ca --pin --idle-links --resume-window --exit-on-forward-failure -v -q --log-format",
+    "client": "-L -R -D --http-proxy --dynamic-login --profile --ca --pin"
+    " --proxy --header --sni -4 -6 --idle-links --resume-window --udp-timeout --exit-on-forward-failure"
+    " -v -q --log-format",
+    "connect": "--profile --ca --pin --proxy --header --sni -4 -6 --resume-window -v -q --log-format",
+    "check": "--idle --json --profile --ca --pin --proxy --header --sni -4 -6 -v -q",
     "demo": "-v -q",
 }
 SIGNAL_ON_IMPORT = """
@@ -97,8 +103,8 @@ def test_help_has_an_example_and_only_the_flags_of_this_release(invoke: Invoke, 
 def test_help_lists_every_command_with_a_whole_sentence(invoke: Invoke) -> None:
     result = invoke("--help")
     lines = result.stdout.split("Commands:")[1].splitlines()
-    assert [line.split()[0] for line in lines[1:7]] == list(COMMANDS)
-    assert not any(line.endswith("...") for line in lines[1:7])
+    assert [line.split()[0] for line in lines[1 : 1 + len(COMMANDS)]] == list(COMMANDS)
+    assert not any(line.endswith("...") for line in lines[1 : 1 + len(COMMANDS)])
 
 
 def test_without_arguments_the_help_is_shown(invoke: Invoke) -> None:
@@ -119,7 +125,7 @@ def test_without_arguments_the_help_is_shown(invoke: Invoke) -> None:
             "wstunnel client",
         ),
         (["server", "--stat-dir", "x"], "No such option '--stat-dir'. Did you mean '--state-dir'?", "wstunnel server"),
-        (["client", "-R", "1:a:1"], "No such option '-R'.", "wstunnel client"),
+        (["client", "-X", "1:a:1"], "No such option '-X'.", "wstunnel client"),
         (["server", "surplus"], "Got unexpected extra argument (surplus)", "wstunnel server"),
     ],
 )

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Invoke, Terminal
-from wstunnel.auth import Users, parse_login_url
+from wstunnel.auth import Token, Users, parse_login_url
 from wstunnel.state import Announcement, state_directory, write_announcement
 
 PIN = bytes(range(32))
+TOKEN = Token.new().reveal()
 
 
 def announce(directory: Path, **fields: object) -> None:
@@ -57,6 +58,42 @@ def test_host(invoke: Invoke, tmp_path: Path, host: str, expected: tuple[str, in
     assert (url.host, url.port) == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("wss://tunnel.example.org/tunnel/", ("wss", "tunnel.example.org", 443, "/tunnel/", ())),
+        ("wss://tunnel.example.org", ("wss", "tunnel.example.org", 443, "/", ())),
+        ("ws://[::1]:8000/x", ("ws", "::1", 8000, "/x", ())),
+        (f"wss://a:9/#sha256={PIN.hex()}", ("wss", "a", 9, "/", (PIN,))),
+    ],
+)
+def test_the_url_of_a_proxy_in_front(invoke: Invoke, tmp_path: Path, given: str, expected: tuple[object, ...]) -> None:
+    announce(tmp_path / "s")  # with a pin of the server's own key, which clients never see
+    result = invoke("invite", "alice", "--url", given, "--state-dir", str(tmp_path / "s"))
+    assert (result.exit_code, result.stderr) == (0, "")
+    url = parse_login_url(result.stdout)
+    assert (url.scheme, url.host, url.port, url.path, url.pins) == expected
+    assert Users(tmp_path / "s").authenticate(url.require_token().reveal()) == "alice"
+
+
+def test_a_url_needs_no_announcement(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("invite", "--url", "wss://a/", "--state-dir", str(tmp_path / "s"))
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_a_server_on_a_unix_socket_only(invoke: Invoke, tmp_path: Path) -> None:
+    announce(tmp_path / "s", port=None, pins=())
+    flags = ("--state-dir", str(tmp_path / "s"))
+    for host in ([], ["--host", "tunnel.example.org"]):
+        result = invoke("invite", *host, *flags)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "listens on a Unix socket only" in result.stderr
+        assert "--url wss://tunnel.example.org/" in result.stderr
+    assert not list((tmp_path / "s").rglob("default")), "a token was made that nobody has"
+    assert invoke("invite", "--host", "a:9", *flags).stdout.strip().endswith("@a:9/t")
+    assert invoke("invite", "--url", "wss://a/x", *flags).stdout.strip().endswith("@a/x")
+
+
 def test_the_machine_s_name_unless_told_otherwise(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +121,9 @@ def test_a_server_that_never_ran(invoke: Invoke, tmp_path: Path) -> None:
         (["--host", "a:0"], "--host: a port is a number from 1 to 65535\n    a:0\n      ^\nexpected: HOST[:PORT]"),
         (["--host", "::1"], "--host: an IPv6 address stands in brackets"),
         (["--host", ""], "--host: the host is missing"),
+        (["--url", "https://a/"], "--url: a login URL begins with wss://, not https://: did you mean wss://?"),
+        (["--url", "wss://a/", "--host", "a"], "--host is a part of --url: give one of them"),
+        (["--url", f"wss://{TOKEN}@a/"], "--url: this URL has a token, and invite makes a new one: leave it out"),
         (["a", "b"], "Got unexpected extra argument (b)"),
     ],
 )
@@ -91,6 +131,7 @@ def test_mistakes(invoke: Invoke, tmp_path: Path, arguments: list[str], message:
     result = invoke("invite", "--state-dir", str(tmp_path / "s"), *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+    assert TOKEN not in result.stderr
     assert result.stdout == ""
 
 

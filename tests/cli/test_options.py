@@ -17,7 +17,41 @@ def test_bind(text: str, address: str) -> None:
     assert options.parse_bind(text) == address
 
 
-@pytest.mark.parametrize("text", ["", "localhost", "127.1", "1.2.3.4:80", "[::1", "[]", "*", "unix:/x"])
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("unix:/run/x.sock", ("/run/x.sock", 0o600)),
+        ("unix:/run/x.sock;mode=666", ("/run/x.sock", 0o666)),
+        ("unix:/run/x.sock;mode=0660", ("/run/x.sock", 0o660)),
+        ("unix:/x", ("/x", 0o600)),
+    ],
+)
+def test_bind_to_a_unix_socket(text: str, place: tuple[str, int]) -> None:
+    assert options.parse_bind(text) == place
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        ("unix:", 5),
+        ("unix:x", 5),
+        ("unix:/a/../b", 8),
+        ("unix:/x;", 8),
+        ("unix:/x;mode=", 8),
+        ("unix:/x;mode=999", 8),
+        ("unix:/x;mode=66", 8),
+        ("unix:/x;proxy=v1", 8),
+        ("unix:/x;mode=600;mode=666", 8),
+        ("unix:/" + 107 * "x", 5),
+    ],
+)
+def test_bind_to_no_unix_socket(text: str, position: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        options.parse_bind(text)
+    assert (caught.value.position, caught.value.grammar) == (position, options.BIND_GRAMMAR)
+
+
+@pytest.mark.parametrize("text", ["", "localhost", "127.1", "1.2.3.4:80", "[::1", "[]", "*", "/x"])
 def test_bind_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         options.parse_bind(text)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,53 @@ def test_every_flag(invoke: Invoke, captured: Captured, tmp_path: Path) -> None:
     assert config.state_dir == tmp_path / "s"
 
 
+def test_unix_sockets_and_proxies_in_front(invoke: Invoke, captured: Captured) -> None:
+    flags = "--bind unix:/run/a;mode=666 --bind unix:/run/b --proxy-protocol 10.0.0.5 --proxy-protocol unix"
+    result = invoke("server", *flags.split(), "--trust-proxy", "fd00::/8", "--trust-proxy", "127.0.0.1")
+    assert result.exit_code == 0, result.stderr
+    [(config, _)] = captured
+    assert (config.bind, config.bind_unix) == ((), (("/run/a", 0o666), ("/run/b", 0o600)))
+    assert config.proxy_protocol == (ip_network("10.0.0.5"), None)
+    assert config.trust_proxy == (ip_network("fd00::/8"), ip_network("127.0.0.1"))
+    assert invoke("server", "--bind", "unix:/run/a", "--bind", "::1", "--port", "9").exit_code == 0
+    [_, (config, _)] = captured
+    assert (config.bind, config.bind_unix, config.port) == (("::1",), (("/run/a", 0o600),), 9)
+
+
+def test_udp_timeout(invoke: Invoke, captured: Captured) -> None:
+    assert invoke("server", "--udp-timeout", "5m", "--allow", "udp:*:53").exit_code == 0
+    [(config, _)] = captured
+    assert config.udp_timeout == 300
+    assert config.allow[0].kinds == ("udp",)
+
+
+def test_plain_endpoints(invoke: Invoke, captured: Captured) -> None:
+    flags = "--endpoint /db=db:5432 --endpoint /x=unix:/run/x --endpoint-auth none --endpoint-text"
+    origins = "--allow-origin https://App.example:443/ --allow-origin http://localhost:3000"
+    result = invoke("server", *flags.split(), *origins.split())
+    assert result.exit_code == 0, result.stderr
+    [(config, _)] = captured
+    assert [str(endpoint) for endpoint in config.endpoints] == ["/db=tcp:db:5432", "/x=unix:/run/x"]
+    assert (config.endpoint_auth, config.endpoint_text) == ("none", True)
+    assert config.allow_origins == ("https://app.example", "http://localhost:3000")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--endpoint", "/=a:1"], "--endpoint: the path / is the tunnel's (--path) already"),
+        (["--endpoint", "/a=a:1", "--endpoint", "/a=b:1"], "--endpoint: the path /a is an endpoint's already"),
+        (["--endpoint", "/a=b"], "--endpoint: the port is missing\n    /a=b\n        ^\nexpected: /PATH=[tcp:]HOST"),
+        (["--allow-origin", "app.example"], "--allow-origin: an origin begins with a scheme and '://'\n    app."),
+    ],
+)
+def test_endpoints_that_cannot_be(invoke: Invoke, captured: Captured, arguments: list[str], message: str) -> None:
+    result = invoke("server", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not captured
+
+
 def test_plain(invoke: Invoke, captured: Captured) -> None:
     assert invoke("server", "--plain", "--log-format", "json").exit_code == 0
     assert captured[0][0].plain
@@ -79,6 +127,12 @@ def test_the_state_directory_of_systemd(
         (["--port", "http"], "'http' is not a valid"),
         (["--bind", "localhost"], "--bind: not an IP address\n    localhost\n    ^\nexpected: an IP address"),
         (["--bind", "1.2.3.4:80"], "--bind: not an IP address"),
+        (["--bind", "unix:run/x"], "--bind: the path of a socket starts with '/'\n    unix:run/x\n         ^\n"),
+        (["--bind", "unix:/x;mode=9"], "--bind: after ';' comes mode=600"),
+        (["--bind", "unix:/x", "--bind", "unix:/x;mode=666"], "--bind: one Unix socket is named twice"),
+        (["--bind", "unix:/x", "--port", "443"], "--port is for TCP, and --bind names Unix sockets only"),
+        (["--proxy-protocol", "10.0.0.1/8"], "--proxy-protocol: bits are set beyond the prefix; meant is 10.0.0.0/8?"),
+        (["--trust-proxy", "nginx"], "--trust-proxy: neither an IP address nor a network\n    nginx\n"),
         (["--path", "tunnel"], "--path: a path begins with '/'\n    tunnel\n    ^\nexpected: an absolute path"),
         (["--path", "/a b"], "--path: not a character of a URL's path\n    /a b\n      ^\nexpected: an absolute path"),
         (["--path", "/a?b"], "--path: not a character of a URL's path\n    /a?b\n      ^"),

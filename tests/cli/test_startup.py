@@ -85,7 +85,8 @@ class TestWithoutARole:
         _, modules = watch(command, "--help")
         found = modules()
         assert not found & (ONLY_FOR_ROLES | NEVER | {"traceback"})
-        assert own(found) == OF_EVERY_COMMAND | {f"cli.{command}", "cli.options", "limits"}
+        shared = {"cli.reach"} if command == "client" else set()
+        assert own(found) == OF_EVERY_COMMAND | {f"cli.{command}", "cli.options", "limits"} | shared
 
 
 @pytest.fixture
@@ -155,10 +156,11 @@ class TestRoles:
                 "client",
                 "client_session",
                 "dialler",
-                "forwards",
-                "pool",
+                "endpoints.stdio",
+                "failover",
                 "profiles",
                 "recovery",
+                "upstream",
                 "cli.client",
                 "cli.demo",
             )

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import signal
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from wstunnel import limits
-from wstunnel.cli import options, reports
-from wstunnel.errors import UsageError
+from wstunnel.cli import options, reach, reports
+from wstunnel.errors import LocalError, UsageError
 
 if TYPE_CHECKING:
-    from wstunnel.auth import LoginUrl
     from wstunnel.forwards import Forward
 
+LOGIN_BYTES = 255
+"""RFC 1929 §2: most in a user's name, and in a password."""
 IDLE_LINKS_MAX = 64
 """Most warm links: what the pool grows to by itself under load."""
 
@@ -28,31 +30,93 @@ def _parse_forward(text: str) -> tuple[Forward, ...]:
     return parse_forward(text)
 
 
+def _parse_reverse(text: str) -> tuple[Forward, ...]:
+    from wstunnel.forwards import parse_reverse
+
+    return parse_reverse(text)
+
+
+def _parse_socks(text: str) -> Forward:
+    from wstunnel.forwards import parse_dynamic
+
+    return parse_dynamic(text, "socks")
+
+
+def _parse_http_proxy(text: str) -> Forward:
+    from wstunnel.forwards import parse_dynamic
+
+    return parse_dynamic(text, "http")
+
+
+def _read_login(path: Path | None) -> tuple[bytes, bytes] | None:
+    """The user and the password in a file of one line, `USER:PASSWORD`.
+
+    Raises:
+        LocalError: it cannot be read.
+        UsageError: that is not what is in it.
+    """
+    if path is None:
+        return None
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise LocalError(f"--dynamic-login: cannot read {path}: {error.strerror}") from error
+    user, colon, password = lines[0].partition(b":") if lines else (b"", b"", b"")
+    if not (user and colon and password) or max(len(user), len(password)) > LOGIN_BYTES:
+        raise UsageError(f"--dynamic-login: the first line of {path} is not USER:PASSWORD, each of 1 to 255 bytes")
+    return user, password
+
+
 @click.command(
     epilog="""\b
     Examples:
       wstunnel client -L 5432:db:5432            # then: psql -h localhost
       wstunnel client -L 8080:intranet:80 -L 2222:localhost:22
+      wstunnel client -D 1080                    # then: curl -x socks5h://localhost:1080 ...
+      wstunnel client -R 8080:localhost:3000     # the server's port 8080 leads here
       wstunnel client -L '[::1]:8000-8010:web:8000-8010' --profile work
 
     The URL comes from the argument, else --profile, else WSTUNNEL_URL, else the profile that `wstunnel login` saved.
+    Of several URLs the next one is used while those before it are away.
     """
 )
-@click.argument("url", required=False)
+@click.argument("urls", metavar="[URL]...", nargs=-1)
 @click.option(
     "-L",
     "local_forwards",
     type=options.Parsed("SPEC", _parse_forward),
     multiple=True,
-    help="Listen here and connect there: [BIND:]PORT:HOST:HOSTPORT, seen from the server. May be repeated.",
-)
-@options.profile
-@click.option(
-    "--ca", type=options.FILE, metavar="FILE", help="Trust these certificate authorities (PEM), not the system's."
+    help="Listen here and connect there: [BIND:]PORT:HOST:HOSTPORT[/udp], seen from the server. May be repeated.",
 )
 @click.option(
-    "--pin", "pins", type=options.PIN, multiple=True, help="Trust this server key (and only pins). May be repeated."
+    "-R",
+    "reverse_forwards",
+    type=options.Parsed("SPEC", _parse_reverse),
+    multiple=True,
+    help="Listen at the server and connect from here: [BIND:]PORT:HOST:HOSTPORT[/udp]; [BIND:]PORT alone is a SOCKS"
+    " proxy there. The server must allow it (--allow-listen). May be repeated.",
 )
+@click.option(
+    "-D",
+    "socks_proxies",
+    type=options.Parsed("[BIND:]PORT", _parse_socks),
+    multiple=True,
+    help="Listen here as a SOCKS proxy; the server connects to what applications ask for. May be repeated.",
+)
+@click.option(
+    "--http-proxy",
+    "http_proxies",
+    type=options.Parsed("[BIND:]PORT", _parse_http_proxy),
+    multiple=True,
+    help="Listen here as an HTTP proxy; on a port of -D too, both are served there. May be repeated.",
+)
+@click.option(
+    "--dynamic-login",
+    type=options.FILE,
+    metavar="FILE",
+    help="Ask applications at -D and --http-proxy for the USER:PASSWORD in this file.",
+)
+@reach.flags
 @click.option(
     "--idle-links",
     type=click.IntRange(1, IDLE_LINKS_MAX),
@@ -68,79 +132,49 @@ def _parse_forward(text: str) -> tuple[Forward, ...]:
     show_default=True,
     help="How long a stream whose connection broke is kept; 0 not at all. The server may grant less.",
 )
+@options.udp_timeout
 @click.option("--exit-on-forward-failure", is_flag=True, help="Exit when a forward cannot listen.")
 @options.logging
 @click.pass_context
 def client(
     ctx: click.Context,
+    /,
     *,
-    url: str | None,
+    urls: tuple[str, ...],
     local_forwards: tuple[tuple[Forward, ...], ...],
-    profile: str | None,
-    ca: Path | None,
-    pins: tuple[bytes, ...],
+    reverse_forwards: tuple[tuple[Forward, ...], ...],
+    socks_proxies: tuple[Forward, ...],
+    http_proxies: tuple[Forward, ...],
+    dynamic_login: Path | None,
     idle_links: int,
     resume_window: int,
+    udp_timeout: int,
     exit_on_forward_failure: bool,
     log_format: Literal["text", "json"],
+    **server: Any,
 ) -> int:
-    """Forward local ports through a server."""
-    if not local_forwards:
+    """Forward ports through a server, in both directions."""
+    if not (local_forwards or reverse_forwards or socks_proxies or http_proxies):
         raise UsageError(
-            "nothing to forward: give at least one -L", grammar="-L [BIND:]PORT:HOST:HOSTPORT, as in -L 5432:db:5432"
+            "nothing to forward: give at least one -L, -R, -D or --http-proxy",
+            grammar="-L [BIND:]PORT:HOST:HOSTPORT, as in -L 5432:db:5432",
         )
 
-    from wstunnel import logs, profiles
+    from wstunnel import logs
     from wstunnel.cli import running
     from wstunnel.client import run
-    from wstunnel.config import ClientConfig
+    from wstunnel.forwards import merge_dynamic
 
     logs.configure(verbosity=reports.verbosity(ctx), format=log_format, environ=os.environ)
-    login_url = profiles.client_url(url, os.environ, profile)
-    login_url.require_token()
-    _check_trust(login_url, ca, pins)
-    if url is not None:
-        logs.logger("cli").warning(
-            "the token is among this command's arguments, where every user of this machine can read it:"
-            " keep the URL with `wstunnel login`, or set WSTUNNEL_URL"
-        )
-    config = ClientConfig(
-        url=login_url,
-        local_forwards=tuple(forward for forwards in local_forwards for forward in forwards),
-        ca=ca,
-        pins=pins,
+    config = reach.configure(
+        urls,
+        local_forwards=(*chain.from_iterable(local_forwards), *merge_dynamic((*socks_proxies, *http_proxies))),
+        reverse_forwards=tuple(chain.from_iterable(reverse_forwards)),
+        dynamic_login=_read_login(dynamic_login),
         idle_links=idle_links,
         resume_window=resume_window,
+        udp_timeout=udp_timeout,
         exit_on_forward_failure=exit_on_forward_failure,
+        **server,
     )
     return running.run(partial(run, config), {signal.SIGTERM: 0, signal.SIGINT: 130})
-
-
-def _check_trust(url: LoginUrl, ca: Path | None, pins: tuple[bytes, ...]) -> None:
-    """Refuse flags that could not do what they promise, and warn of a token that goes out in clear."""
-    from wstunnel import logs
-
-    log = logs.logger("cli")
-    if url.scheme == "ws":
-        flag = "--pin" if pins else "--ca" if ca is not None else None
-        if flag is not None:
-            raise UsageError(
-                f"{flag} does nothing with a ws:// URL, which has no TLS: the token would go out in clear;"
-                f" use a wss:// URL, or leave {flag} out"
-            )
-        if not _is_loopback(url.host):
-            log.warning(
-                "ws:// is not encrypted: everybody on the way can read the token and all data; use wss://",
-                host=url.host,
-            )
-    elif ca is not None and (pins or url.pins):
-        log.warning("--ca is not used: the server's key is pinned, and then the pin alone decides", ca=ca)
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost" or host.lower().rstrip(".").endswith(".localhost")

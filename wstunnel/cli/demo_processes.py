@@ -36,6 +36,12 @@ FOREIGN = (
     "WATCHDOG_PID",
     "LISTEN_FDS",
     "LISTEN_PID",
+    # The demo stays on this machine, where no proxy is needed, nor gets to.
+    "https_proxy",
+    "HTTPS_PROXY",
+    "http_proxy",
+    "all_proxy",
+    "ALL_PROXY",
 )
 """Variables that would lead the demo's processes to somebody else's state, server or service manager."""
 

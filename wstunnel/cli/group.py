@@ -11,7 +11,7 @@ import click
 from wstunnel import __version__
 from wstunnel.cli import reports
 
-COMMANDS = ("server", "invite", "login", "profiles", "client", "demo")
+COMMANDS = ("server", "invite", "login", "profiles", "client", "connect", "check", "demo")
 """In the order in which a newcomer needs them. Each is the object `NAME` of the module `wstunnel.cli.NAME`."""
 
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
+from wstunnel import limits
 from wstunnel.cli import reports
 from wstunnel.errors import UsageError
+
+if TYPE_CHECKING:
+    from wstunnel.upstream import Proxies
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-BIND_GRAMMAR = "an IP address such as 127.0.0.1 or ::1"
+BIND_GRAMMAR = "an IP address such as 127.0.0.1 or ::1, or unix:/PATH[;mode=600]"
+SOCKET_MODE = 0o600
+"""Of a Unix socket for whose file nothing else is said: its owner's alone, and root's."""
 DURATION_GRAMMAR = "seconds, or a number with s, m, h or d, such as 90, 5m or 1h30m"
 DURATION_SECONDS_MAX = 7 * 86400
 """Longest time that a flag takes: a week. A stream that waits longer waits for nobody."""
+HEADER_GRAMMAR = "'Name: value', as in 'X-Team: blue' or 'Host: tunnel.example.org'"
+HANDSHAKE_HEADERS = frozenset({"upgrade", "connection", "content-length", "transfer-encoding"})
 PATH_GRAMMAR = "an absolute path such as / or /tunnel, without spaces, '?' or '#'"
 
 
@@ -47,11 +55,23 @@ class Parsed(click.ParamType[T], Generic[T]):
         return self.name
 
 
-def parse_bind(text: str) -> str:
+def parse_bind(text: str) -> str | tuple[str, int]:
     """An address to listen on, as the system writes it: `[::1]` and `::1` are the same.
 
+    Returns:
+        the address without brackets, or the path of a Unix socket and the mode of its file.
+
     Raises:
-        UsageError: not an IP address.
+        UsageError: neither an IP address nor a Unix socket.
+    """
+    return _parse_socket(text) if text.startswith("unix:") else parse_address(text, BIND_GRAMMAR)
+
+
+def parse_address(text: str, grammar: str = "an IP address such as 192.0.2.1 or 2001:db8::1") -> str:
+    """An IP address, in brackets or not; returned without them.
+
+    Raises:
+        UsageError: it is none.
     """
     import ipaddress  # 2 ms, which `--help` need not wait
 
@@ -59,7 +79,19 @@ def parse_bind(text: str) -> str:
     try:
         return str(ipaddress.ip_address(bare))
     except ValueError:
-        raise UsageError("not an IP address", text=text, grammar=BIND_GRAMMAR) from None
+        raise UsageError("not an IP address", text=text, grammar=grammar) from None
+
+
+def _parse_socket(text: str) -> tuple[str, int]:
+    from wstunnel.targets import Part, parse_unix_path
+
+    whole = Part.whole(text, BIND_GRAMMAR)
+    end = text.find(";") if ";" in text else len(text)
+    path = parse_unix_path(whole.cut(len("unix:"), end))
+    mode = re.fullmatch(r";mode=0?([0-7]{3})|", text[end:])
+    if mode is None:
+        raise whole.error("after ';' comes mode=600 or another one of three octal digits", end + 1)
+    return path, int(mode[1], 8) if mode[1] else SOCKET_MODE
 
 
 def parse_path(text: str) -> str:
@@ -98,6 +130,62 @@ def parse_duration(text: str) -> int:
     return total
 
 
+def parse_duration_of_some(text: str) -> int:
+    """As `parse_duration`, 1 second at least.
+
+    Raises:
+        UsageError: not such a time.
+    """
+    seconds = parse_duration(text)
+    if not seconds:
+        raise UsageError("one second at least", text=text, position=0, grammar=DURATION_GRAMMAR)
+    return seconds
+
+
+def parse_header(text: str) -> tuple[str, str]:
+    """A header field of the upgrade request, `Name: value`.
+
+    Raises:
+        UsageError: not such a field, or one that is the handshake's own. The message shows the name only.
+    """
+    name, colon, value = text.partition(":")
+    value = value.strip(" \t")
+    if not colon:
+        raise UsageError("a colon is missing behind the name", grammar=HEADER_GRAMMAR)
+    if not re.fullmatch(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+", name):  # RFC 9110 §5.6.2
+        raise UsageError("not a name of a header field", text=name, grammar=HEADER_GRAMMAR)
+    if re.search(r"[^\t\x20-\x7e]", value):
+        raise UsageError(f"the value of {name} has a control character, or is not ASCII", grammar=HEADER_GRAMMAR)
+    if name.lower() == "authorization":
+        raise UsageError("Authorization carries the token of the login URL and cannot be set", grammar=HEADER_GRAMMAR)
+    if name.lower() in HANDSHAKE_HEADERS or name.lower().startswith("sec-websocket-"):
+        raise UsageError(f"{name} belongs to the handshake and cannot be set", grammar=HEADER_GRAMMAR)
+    if name.lower() == "host" and not re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?", value):
+        raise UsageError("not a host", text=value, grammar="Host: HOST[:PORT]")
+    return name, value
+
+
+def parse_name(text: str) -> str:
+    """A server's name for TLS, as `--sni` takes it: a host without port or brackets.
+
+    Raises:
+        UsageError: not a name, nor an address.
+    """
+    from wstunnel.auth import parse_host_port
+
+    bare = f"[{text}]" if ":" in text else text
+    try:
+        return parse_host_port(bare)[0]
+    except UsageError as error:
+        raise UsageError(error.message, text=text, grammar="a host name, without a port") from None
+
+
+def _parse_proxy(text: str) -> Proxies:
+    from wstunnel.upstream import parse_proxy
+
+    return parse_proxy(text)
+
+
 def _parse_pin(text: str) -> bytes:
     from wstunnel.auth import parse_pin
 
@@ -110,7 +198,11 @@ DIRECTORY = click.Path(readable=False, path_type=Path)
 BIND = Parsed("ADDR", parse_bind)
 PATH = Parsed("PATH", parse_path)
 DURATION = Parsed("TIME", parse_duration)
+DURATION_OF_SOME = Parsed("TIME", parse_duration_of_some)
 PIN = Parsed("SHA256", _parse_pin)
+HEADER = Parsed("'NAME: VALUE'", parse_header)
+NAME = Parsed("NAME", parse_name)
+PROXY = Parsed("URL|none", _parse_proxy)
 
 
 def state_dir(command: Command) -> Command:
@@ -123,9 +215,50 @@ def state_dir(command: Command) -> Command:
     )(command)
 
 
+def udp_timeout(command: Command) -> Command:
+    """Add `--udp-timeout`."""
+    return click.option(
+        "--udp-timeout",
+        type=DURATION_OF_SOME,
+        default=f"{limits.UDP_IDLE_SECONDS}s",
+        show_default=True,
+        help="How long a flow of UDP datagrams is kept after the last one.",
+    )(command)
+
+
 def profile(command: Command) -> Command:
     """Add `--profile`; the command gets `None` where it was not given."""
     return click.option("--profile", metavar="NAME", help="Which saved login URL.  [default: default]")(command)
+
+
+def way_out(command: Command) -> Command:
+    """Add the flags by which a server is reached: `--proxy`, `--header`, `--sni`, `-4` and `-6`.
+
+    The command gets `proxies` (None where the environment decides), `headers`, `server_name` and `ip_version`.
+    """
+    for option in (
+        click.option("-6", "ip_version", flag_value=6, type=int, help="Dial IPv6 addresses only."),
+        click.option("-4", "ip_version", flag_value=4, type=int, help="Dial IPv4 addresses only."),
+        click.option(
+            "--sni", "server_name", type=NAME, help="The name that TLS asks for and verifies, if not the URL's host."
+        ),
+        click.option(
+            "--header",
+            "headers",
+            type=HEADER,
+            multiple=True,
+            help="Send this header field with the upgrade; Host takes the place of the URL's. May be repeated.",
+        ),
+        click.option(
+            "--proxy",
+            "proxies",
+            type=PROXY,
+            help="Go through this proxy: http, https, socks5 or socks5h://[USER:PASSWORD@]HOST[:PORT]."
+            "  [default: HTTPS_PROXY, http_proxy, ALL_PROXY, less NO_PROXY]",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def verbosity(command: Command) -> Command:
