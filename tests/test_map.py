@@ -25,8 +25,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wstunnel", "errors", "limits"),
     # The protocol, sans I/O.
     ("wire", "wire.buffer", "wire.credit", "wire.http1", "wire.masking", "wire.messages"),
-    ("wire.frames", "wire.handshake", "wire.states", "wire.tombstones"),
-    ("wire.directions",),
+    ("wire.addresses", "wire.http_body"),
+    ("wire.frames", "wire.handshake", "wire.proxy_protocol", "wire.socks", "wire.states", "wire.tombstones"),
+    ("wire.connect", "wire.datagrams", "wire.directions", "wire.forwarded", "wire.http_proxy", "wire.plain"),
     ("wire.protocol",),
     # This machine and the texts with a grammar; none knows of another.
     ("logs",),
@@ -44,18 +45,38 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trio_loop",
     ),
     ("reactor",),
-    ("absence", "auth", "forwards", "policy", "tls"),
+    ("absence", "auth", "endpoints.plain_side", "forwards", "front", "plain_endpoints", "tls"),
+    ("endpoints.proxy_header", "endpoints.stdio", "endpoints.unix", "issuer", "policy", "tls_relay", "upstream"),
     # The data path: one stream, one link, and the ways out.
-    ("config", "dial", "link", "profiles", "stream"),
-    ("dialler", "endpoints", "endpoints.tcp", "recovery", "session"),
+    ("config", "dial", "endpoints.plain_client", "endpoints.plain_target", "flow", "link", "profiles", "stream"),
+    ("flows", "proxy_tunnel"),
+    ("dialler", "endpoints", "endpoints.plain", "endpoints.tcp", "recovery", "session"),
+    ("egress", "endpoints.listeners", "failover", "ingress"),
+    ("endpoints.udp",),
+    ("endpoints.socks_udp", "reverse_client", "reverse_server"),
+    ("endpoints.dynamic",),
     # The roles.
-    ("client_session", "server_session"),
+    ("client_session", "plain_server", "raw", "server_session"),
     ("client", "server"),
+    ("check_advice", "check_report", "check_watch", "connect", "route"),
+    ("check_link",),
+    ("check_idle",),
+    ("check",),
     # The command line. `cli` itself is `main`; the group finds the commands by name when they are asked for.
     ("cli.reports",),
     ("cli.group", "cli.options", "cli.running"),
-    ("cli",),
-    ("cli.client", "cli.demo_child", "cli.demo_processes", "cli.invite", "cli.login", "cli.profiles", "cli.server"),
+    ("cli", "cli.reach"),
+    (
+        "cli.check",
+        "cli.client",
+        "cli.connect",
+        "cli.demo_child",
+        "cli.demo_processes",
+        "cli.invite",
+        "cli.login",
+        "cli.profiles",
+        "cli.server",
+    ),
     ("cli.demo_relay", "cli.demo_target"),
     ("cli.demo_load",),
     ("cli.demo_screen",),
@@ -70,8 +91,8 @@ WIRE_MAY_USE = {
     # of the package
     *("errors", "limits"),
     # of Python: what computes, and nothing that reads a clock, a random number, a file or a socket
-    *("__future__", "abc", "base64", "codecs", "collections", "collections.abc", "dataclasses", "enum", "hashlib"),
-    *("http", "math", "re", "struct", "typing"),
+    *("__future__", "abc", "base64", "codecs", "collections", "collections.abc", "dataclasses", "enum"),
+    *("functools", "hashlib", "http", "ipaddress", "math", "re", "struct", "typing"),
     # of others: parsers, and masking in C (all of websockets besides imports asyncio, socket and ssl)
     *("h11", "msgspec", "websockets.speedups"),
 }

@@ -107,8 +107,9 @@ def test_the_schedules_are_worth_something() -> None:
     assert sum(counts.cuts for counts in outages) > 100
     assert sum(counts.resumptions for counts in outages) > 100
     assert sum(counts.replayed for counts in outages) > 30
+    assert sum(connection.reverse for world in worlds for connection in world.connections) > 20
     assert max(link.protocol.n for world in worlds for wire in world.all_wires if (link := wire.near.handler)) >= 3
-    ends = [end for world in worlds for connection in world.connections for end in connection.outcomes["client"]]
+    ends = [end for world in worlds for connection in world.connections for end in connection.outcomes["ingress"]]
     assert {"finished", "refused", "reset"} <= set(ends)
     assert ends.count("finished") > len(ends) / 2
 
@@ -187,8 +188,8 @@ def test_without_the_other_end_all_is_over_after_the_window(gone: str) -> None:
         world.tick(1.0)
         world.check()
     assert world.over()
-    assert all(connection.outcomes["client"] == ["lost"] for connection in connections)
-    assert all(set(connection.outcomes["server"]) <= {"lost"} for connection in connections)
+    assert all(connection.outcomes["ingress"] == ["lost"] for connection in connections)
+    assert all(set(connection.outcomes["egress"]) <= {"lost"} for connection in connections)
     assert not world.server._sessions
     world.leave()
 

@@ -251,7 +251,7 @@ def given_up_by_the_client() -> None:
     for _ in range(8):
         world.flow()
         world.tick(1.0)
-    assert connection.outcomes["client"] == ["lost"]
+    assert connection.outcomes["ingress"] == ["lost"]
     world.unreachable = False
     for wire in world.wires:
         if wire.cut and not wire.far.closed:
@@ -262,6 +262,6 @@ def given_up_by_the_client() -> None:
         world.flow()
         world.check()
         world.tick(0.2)
-    assert connection.outcomes["server"] == ["lost"]
+    assert connection.outcomes["egress"] == ["lost"]
     assert connection.egress.sock.reset_by_peer, "an end nobody sent"
     world.leave()

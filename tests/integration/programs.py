@@ -20,7 +20,7 @@ from .sockets import unused_port
 from .tunnel import Client, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 BLOCK = 1 << 20
 _POSTGRESQL_BINARIES = Path("/usr/lib/postgresql")
@@ -50,7 +50,12 @@ def _find(program: str) -> str | None:
 
 
 def finish(
-    *command: str | Path, expect: int = 0, within: float = 120.0, data: bytes = b"", cwd: Path | None = None
+    *command: str | Path,
+    expect: int = 0,
+    within: float = 120.0,
+    data: bytes = b"",
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end, capturing its output, and check its exit code.
 
@@ -60,12 +65,13 @@ def finish(
         within: seconds until it is killed and the test fails.
         data: its standard input.
         cwd: where it runs.
+        env: its whole environment; None means that of the test.
 
     Raises:
         AssertionError: another exit code, with what it wrote.
     """
     argv = [str(part) for part in command]
-    done = subprocess.run(argv, input=data, capture_output=True, timeout=within, check=False, cwd=cwd)
+    done = subprocess.run(argv, input=data, capture_output=True, timeout=within, check=False, cwd=cwd, env=env)
     assert done.returncode == expect, (
         f"{command} exited with {done.returncode}, not {expect}\n"
         f"{done.stdout[-2000:].decode(errors='replace')}\n{done.stderr[-4000:].decode(errors='replace')}"
@@ -234,12 +240,26 @@ def redis(directory: Path) -> Iterator[int]:
 @contextmanager
 def nginx(directory: Path) -> Iterator[int]:
     """nginx that serves `directory`/files, takes PUT there, and logs to `directory`. Yields its port."""
+    port = unused_port()
+    servers = f"""
+    server {{
+        listen 127.0.0.1:{port} backlog=1024;
+        root {directory}/files;
+        client_max_body_size 0;
+        location / {{ dav_methods PUT; }}
+    }}"""
+    with nginx_with(servers, directory, port):
+        yield port
+
+
+@contextmanager
+def nginx_with(servers: str, directory: Path, port: int) -> Iterator[Path]:
+    """nginx with these parts of its `http` section, once it listens on `port`. Yields the directory `files`."""
     program = require("nginx")
     require("curl")
     files = directory / "files"
     files.mkdir(parents=True)
     (directory / "temporary").mkdir()
-    port = unused_port()
     # Its workers leave root for a user who may not enter pytest's directories.
     user = "user root;" if os.geteuid() == 0 else ""
     temporary = "\n".join(
@@ -258,15 +278,10 @@ http {{
     access_log {directory}/access.log;
     sendfile on;
 {temporary}
-    server {{
-        listen 127.0.0.1:{port} backlog=1024;
-        root {files};
-        client_max_body_size 0;
-        location / {{ dav_methods PUT; }}
-    }}
+{servers}
 }}
 """
     )
     argv: list[str | Path] = [program, "-p", directory, "-c", directory / "nginx.conf", "-e", directory / "error.log"]
     with _running(Process("nginx", argv, directory=directory), port):
-        yield port
+        yield files

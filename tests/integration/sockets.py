@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -130,6 +131,25 @@ def unused_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+LISTEN, CLOSE_WAIT = "0A", "08"
+"""States of TCP as proc(5) writes them (include/net/tcp_states.h)."""
+
+
+def local_states(port: int) -> set[str]:
+    """The states of the sockets that have this port of 127.0.0.1: to see what listens without connecting to it."""
+    return _states(1, port)
+
+
+def remote_states(port: int) -> set[str]:
+    """The states of the sockets that are connected to this port of 127.0.0.1."""
+    return _states(2, port)
+
+
+def _states(column: int, port: int) -> set[str]:
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]]
+    return {row[3] for row in rows if row[column] == f"0100007F:{port:04X}"}
 
 
 def pattern(size: int, seed: int = 0) -> bytes:
