@@ -14,7 +14,6 @@ PP2_TYPE_CRC32C among them: TCP and TLS have checked the bytes already.
 from __future__ import annotations
 
 import re
-from ipaddress import IPv6Address
 from typing import Literal
 
 from wstunnel.errors import ProtocolError
@@ -82,7 +81,7 @@ def _packed(host: str) -> bytes:
 def _text(packed: bytes) -> str:
     text = unpack_address(packed)
     # §2.1 has IPv6 in hexadecimal groups only, without the dotted form of an IPv4 address inside.
-    return IPv6Address(packed).exploded if ":" in text and "." in text else text
+    return packed.hex(":", 2) if ":" in text and "." in text else text
 
 
 # --- in -------------------------------------------------------------------------------------------------------------
