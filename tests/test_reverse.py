@@ -471,7 +471,7 @@ class TestNeed:
     ) -> None:
         """Those for the links' streams are spared, and a control link that was lost comes back."""
         world = make_world(reverse=[WEB], allow_listen=ANY)
-        world.session._descriptors = 40
+        world.session.descriptors = 40
         world.run()
         await trio.sleep(3)
         for _ in range(2):

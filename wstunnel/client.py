@@ -166,7 +166,7 @@ async def _serve(
         if any(forward.raw for forward in config.local_forwards):
             raw = RawForwards(session.reactor, nursery, make_dialler(config, relays, endpoint=True), session.principal)
             nursery.start_soon(_sweep, raw)
-        most = min(limits.HANDSHAKES, descriptors.raise_limit() // limits.HANDSHAKES_DIVISOR)
+        most = descriptors.most_handshakes(session.descriptors)
         dynamic = DynamicForwards(session.reactor, nursery, authenticate=_judge(config.dynamic_login), most=most)
         for bound, forward in listening:
             if forward.udp:

@@ -107,7 +107,7 @@ class ClientSession(Session):
         self._dialling_reverse = 0
         self.trouble = ""
         self._least = idle_links
-        self._descriptors = descriptors
+        self.descriptors = descriptors
         self._control: Link | None = None
         self._dialling = 0
         self._dialling_control = False
@@ -175,7 +175,7 @@ class ClientSession(Session):
 
     def _most_links(self) -> int:
         """The rest of the descriptors is for applications and targets, whatever the server says that it needs."""
-        return min(limits.PRINCIPAL_LINKS, int(self._descriptors * limits.PRINCIPAL_SHARE))
+        return min(limits.PRINCIPAL_LINKS, int(self.descriptors * limits.PRINCIPAL_SHARE))
 
     def _missing_reverse(self) -> int:
         if self._stopping or not self._absence.settled or self._control is None:
@@ -433,14 +433,9 @@ class ClientSession(Session):
     def stream_unknown(self, stream: Stream) -> bool:
         """A stream that this very server was never asked for is opened afresh, under a new id: the old one is refused
         for good, so whatever is still held back on the way dials nothing."""
-        state = stream.state
-        if not state.unanswered() or stream.boot != stream.asked:
+        if not stream.state.unanswered() or stream.boot != stream.asked:
             return False
-        del self.streams[state.id]
-        state.id = secrets.token_urlsafe(16)
-        state.epoch = 0
-        state.replayed = state.outbound.restart()
-        self.streams[state.id] = stream
+        self._renew(stream, secrets.token_urlsafe(16))
         self._recovery.add_afresh(stream)
         self.reactor.later(self._resume_waiting)
         return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from wstunnel import limits
+
 UNKNOWN = 8192
 """Where the system does not say: what Windows allows a C program."""
 
@@ -21,3 +23,8 @@ def raise_limit() -> int:
     except (ValueError, OSError):  # pragma: no cover  # macOS refuses RLIM_INFINITY: the soft limit stays
         pass
     return UNKNOWN if hard == resource.RLIM_INFINITY else hard
+
+
+def most_handshakes(descriptors: int) -> int:
+    """How many connections may be there that have not said yet who they are or what they want."""
+    return min(limits.HANDSHAKES, descriptors // limits.HANDSHAKES_DIVISOR)

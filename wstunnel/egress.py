@@ -104,7 +104,8 @@ class Egress:
         try:
             if prelude is not None:
                 try:
-                    sock.send(prelude(stream))  # type: ignore[arg-type]  # only streams have one; the buffer of a new connection takes it whole
+                    # The buffer of a new connection takes it whole.
+                    sock.send(prelude(stream))  # type: ignore[arg-type]  # only streams have one
                 except OSError:
                     pass  # the stream's first read says so again
             stream.connected(self._reactor, sock, address)

@@ -16,12 +16,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING
 
 from wstunnel import logs
 from wstunnel.errors import ProtocolError, UsageError
 from wstunnel.targets import join_host_port
+from wstunnel.wire.addresses import unmapped, unmapped_network
 from wstunnel.wire.forwarded import Hop, forwarded, x_forwarded_for
 from wstunnel.wire.proxy_protocol import ProxyHeader
 
@@ -36,9 +37,6 @@ GRAMMAR = "an IP address, a network such as 10.0.0.0/8, or unix"
 NO_HEADER = "a PROXY header was expected and did not come in time: the proxy must be told to send it"
 
 _log = logs.logger("front")
-
-_MAPPED = IPv6Network("::ffff:0:0/96")
-"""RFC 4291 §2.5.5.2: IPv4 addresses in the form of IPv6."""
 
 
 def parse_source(text: str) -> Source:
@@ -57,9 +55,7 @@ def parse_source(text: str) -> Source:
             right = ip_network(bare, strict=False)
             raise UsageError(f"bits are set beyond the prefix; meant is {right}?", text=text, grammar=GRAMMAR) from None
         raise UsageError("neither an IP address nor a network", text=text, grammar=GRAMMAR) from None
-    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):  # the peers of which are IPv4
-        return IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
-    return network
+    return unmapped_network(network)
 
 
 @dataclass(slots=True)
@@ -85,7 +81,7 @@ class Peer:
 
     def become(self, host: str, port: int | None) -> None:
         """It is somebody else, as a proxy says."""
-        self.host = str(_unmapped(host))
+        self.host = str(unmapped(ip_address(host)))
         self.name = self.host if port is None else join_host_port(self.host, port)
 
 
@@ -176,12 +172,5 @@ def _holds(sources: tuple[Source, ...], host: str | None) -> bool:
         return False
     if not host:
         return None in sources
-    address = _unmapped(host)
+    address = unmapped(ip_address(host))  # a dual-stack proxy's IPv4 clients are IPv4 clients
     return any(source is not None and address in source for source in sources)
-
-
-def _unmapped(host: str) -> IPv4Address | IPv6Address:
-    """A dual-stack proxy's IPv4 clients are IPv4 clients."""
-    address = ip_address(host)
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return address if mapped is None else mapped

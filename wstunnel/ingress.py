@@ -201,10 +201,7 @@ class Ingress:
 
     def _no_more(self, wanted: Wanted) -> None:
         """It waits here no more."""
-        if wanted is self.waiting[0]:
-            self.waiting.popleft()
-        else:
-            self.waiting.remove(wanted)
+        self.waiting.remove(wanted)  # looked for from the front, where it mostly is
         self._session.principal.waiting -= wanted.flow is None
 
     def offer(self, link: Link) -> bool:
@@ -244,21 +241,20 @@ class Ingress:
     def _open(self, link: Link, wanted: Wanted) -> Stream | None:
         """Returns the stream; None if a flow is wanted."""
         session = self._session
+        stream: Stream | None = None
         if wanted.flow is not None:
             self._owner.begin(wanted.flow, link)
-            self.demand.opened()
-            self._owner.lacking()
-            return None
-        stream = session.make_stream(
-            secrets.token_urlsafe(16), egress=False, target=wanted.target, peer=wanted.peer, forward=wanted.forward
-        )
-        stream.decided = wanted.decided
-        stream.when_over = wanted.ended
-        self._owner.begin(stream, link)
-        if wanted.early:
-            stream.outbound.append(wanted.early)
-        if wanted.sock is not None:
-            stream.start(session.reactor, wanted.sock)
+        else:
+            stream = session.make_stream(
+                secrets.token_urlsafe(16), egress=False, target=wanted.target, peer=wanted.peer, forward=wanted.forward
+            )
+            stream.decided = wanted.decided
+            stream.when_over = wanted.ended
+            self._owner.begin(stream, link)
+            if wanted.early:
+                stream.outbound.append(wanted.early)
+            if wanted.sock is not None:
+                stream.start(session.reactor, wanted.sock)
         self.demand.opened()
         self._owner.lacking()
         return stream

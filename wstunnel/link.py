@@ -635,22 +635,10 @@ class Link(Handler):
         if protocol.side == "server" and protocol.close_received:
             self._shut = True
             try:
-                if isinstance(self.sock, ssl.SSLSocket):
-                    self._end_tls(self.sock)
-                else:
-                    self.sock.shutdown(socket.SHUT_WR)
+                if sockets.end_writing(self.sock):
+                    self._tls = False
             except OSError as error:
                 self._broke(error)
-
-    def _end_tls(self, sock: ssl.SSLSocket) -> None:
-        """RFC 8446 §6.1: a close_notify MUST go before the end; without one OpenSSL answers with an error alert."""
-        try:
-            sock.unwrap()
-            self._tls = False  # the peer's came already: nothing follows that TLS could read
-        except ssl.SSLError:
-            pass  # it has not come yet, or there is no room for ours
-        # SSLSocket's own method forgets the TLS state, and reading goes on.
-        socket.socket.shutdown(sock, socket.SHUT_WR)
 
     def lose(self, reason: str, *, silent: bool = False) -> None:
         """The connection is gone: close the socket, tell the stream, then the owner. Idempotent.

@@ -37,6 +37,7 @@ from wstunnel.targets import (
     parse_unix_path,
     split_host_port,
 )
+from wstunnel.wire.addresses import unmapped, unmapped_network
 
 GRAMMAR = (
     "[tcp:|udp:]HOST|CIDR|*:PORT|LOW-HIGH|* or unix:/GLOB, as in db:5432, 10.0.0.0/8:*, [fd00::/8]:443 or *:8000-8999"
@@ -69,7 +70,6 @@ _SPECIAL_6 = tuple(
     )
 )
 
-_MAPPED = IPv6Network("::ffff:0:0/96")
 _NAT64 = IPv6Network("64:ff9b::/96")
 # IPv6 prefixes whose last 32 bits are an IPv4 address that a translator or tunnel on the way may deliver to:
 # NAT64 (RFC 6052), NAT64 for local use (RFC 8215), SIIT (RFC 2765) and IPv4-compatible (RFC 4291 §2.5.5.1).
@@ -173,7 +173,7 @@ def _parse_rule_host(
         return "suffix", f".{suffix}", None
     name = parse_host(part)
     if address_family(name) is not None:
-        return "address", "", ip_network(_unmapped(ip_address(name)))
+        return "address", "", ip_network(unmapped(ip_address(name)))
     name = name.removesuffix(".")
     _refuse_number(part, name)
     return "name", name, None
@@ -201,9 +201,7 @@ def _parse_network(part: Part) -> IPv4Network | IPv6Network:
     network = ip_network(f"{base}/{int(length)}", strict=False)
     if str(network.network_address) != str(ip_address(base)):
         raise inner.error(f"bits are set beyond the prefix; the network is {network}")
-    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
-        return IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
-    return network
+    return unmapped_network(network)
 
 
 def exactly(target: Target) -> Rule:
@@ -211,7 +209,7 @@ def exactly(target: Target) -> Rule:
     if target.kind == "unix":
         return Rule(("unix",), "path", host=re.sub(r"([*?[])", r"[\1]", target.path))
     family = address_family(target.host)
-    network = None if family is None else ip_network(_unmapped(ip_address(target.host)))
+    network = None if family is None else ip_network(unmapped(ip_address(target.host)))
     name = "" if network else target.host.removesuffix(".")
     return Rule((target.kind,), "address" if network else "name", name, network, target.port, target.port)
 
@@ -237,7 +235,7 @@ class Policy:
         is_own_path: Callable[[str], bool] = lambda _path: False,
     ) -> None:
         self._rules = tuple(rules)
-        self._own = tuple((_unmapped(ip_address(address)), port) for address, port in own_sockets)
+        self._own = tuple((unmapped(ip_address(address)), port) for address, port in own_sockets)
         self._own_ports = frozenset(port for _, port in self._own)
         self._is_local = is_local
         self._is_own_path = is_own_path
@@ -282,7 +280,7 @@ class Policy:
                 return f"{target} is a socket of this server itself"
             return None if allowed else f"no --allow rule matches {target}"
         # A zone id changes the way to an address, not the address.
-        address = _unmapped(ip_address(ip.partition("%")[0]))
+        address = unmapped(ip_address(ip.partition("%")[0]))
         hidden = _wrapped(address)
         candidates = (address,) if hidden is None else (address, hidden)
         if target.port in self._own_ports and any(self._is_own(candidate, target.port) for candidate in candidates):
@@ -386,11 +384,6 @@ def _special(address: Address) -> str | None:
     if isinstance(address, IPv4Address):
         return next((words for network, words in _SPECIAL_4 if address in network), None)
     return next((words for network, words in _SPECIAL_6 if address in network), None)
-
-
-def _unmapped(address: Address) -> Address:
-    """IPv4-mapped addresses (RFC 4291 §2.5.5.2) are IPv4: the kernel sends IPv4 packets for them."""
-    return address if isinstance(address, IPv4Address) else address.ipv4_mapped or address
 
 
 def _wrapped(address: Address) -> IPv4Address | None:

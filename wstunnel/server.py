@@ -140,7 +140,7 @@ class Server:
             oldest.cancel()
 
     def _most_handshakes(self) -> int:
-        return min(limits.HANDSHAKES, self._descriptors // limits.HANDSHAKES_DIVISOR)
+        return descriptors.most_handshakes(self._descriptors)
 
     def share(self, most: int) -> int:
         """`most`, or one principal's part of the descriptors if that is less."""

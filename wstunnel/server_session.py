@@ -207,15 +207,10 @@ class ServerSession(Session):
 
     def stream_unknown(self, stream: Stream) -> bool:
         """The client was never asked for it: it is opened afresh under a new id, since that one is refused for good."""
-        state = stream.state
-        if not state.unanswered():
+        if not stream.state.unanswered():
             return False
-        del self.streams[state.id]
-        self.principal.tombstones.add(state.id, UNKNOWN, self.reactor.now)
-        state.id = secrets.token_urlsafe(16)
-        state.epoch = 0
-        state.replayed = state.outbound.restart()
-        self.streams[state.id] = stream
+        self.principal.tombstones.add(stream.state.id, UNKNOWN, self.reactor.now)
+        self._renew(stream, secrets.token_urlsafe(16))
         self.ingress.again(stream)
         return True
 

@@ -258,6 +258,15 @@ class Session:
         """Here: it ends."""
         return False
 
+    def _renew(self, stream: Stream, stream_id: str) -> None:
+        """The peer was never asked for the stream, and refuses its id from now on: it begins again under another."""
+        state = stream.state
+        del self.streams[state.id]
+        state.id = stream_id
+        state.epoch = 0
+        state.replayed = state.outbound.restart()
+        self.streams[stream_id] = stream
+
     def reopened(self, stream: Stream) -> bool:
         """A stream is about to be opened afresh. Returns whether it still lives."""
         self._attached(stream)

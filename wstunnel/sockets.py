@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import sys
 
@@ -30,6 +31,30 @@ def reset(sock: socket.socket) -> None:
     """Close a connection with a TCP reset, so that its other end does not take it for an orderly end."""
     reset_on_close(sock)
     sock.close()
+
+
+def end_writing(sock: socket.socket) -> bool:
+    """Say the end and go on reading: a FIN, with TLS behind a close_notify, which MUST go before it (RFC 8446 §6.1).
+
+    Returns:
+        whether TLS is over in both directions, since the peer's close_notify had come: nothing follows that it could
+        read. False without TLS.
+
+    Raises:
+        OSError: the connection broke.
+    """
+    if not isinstance(sock, ssl.SSLSocket):
+        sock.shutdown(socket.SHUT_WR)
+        return False
+    over = False
+    try:
+        sock.unwrap()
+        over = True
+    except ssl.SSLError:
+        pass  # the peer's has not come yet, or there is no room for ours
+    # SSLSocket's own method forgets the TLS state, and reading goes on.
+    socket.socket.shutdown(sock, socket.SHUT_WR)
+    return over
 
 
 def unsent(sock: socket.socket) -> int | None:

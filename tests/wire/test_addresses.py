@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from ipaddress import ip_address, ip_network
 
 import pytest
 from hypothesis import example, given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from wstunnel.errors import UsageError
 from wstunnel.targets import parse_target
-from wstunnel.wire.addresses import pack_address, parse_host, unpack_address
+from wstunnel.wire.addresses import pack_address, parse_host, unmapped, unmapped_network, unpack_address
 
 
 class TestPacked:
@@ -86,3 +87,22 @@ class TestHosts:
         except UsageError:
             return
         assert parse_host(text) == host
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("::ffff:10.0.0.0/104", "10.0.0.0/8"), ("::ffff:10.0.0.5/128", "10.0.0.5/32"), ("::ffff:0:0/96", "0.0.0.0/0"),
+        ("::ffff:0:0/95", None), ("::/0", None), ("fd00::/8", None), ("10.0.0.0/8", None),
+    ],
+)  # fmt: skip
+def test_networks_of_mapped_addresses_are_ipv4(network: str, expected: str | None) -> None:
+    given = ip_network(network, strict=False)
+    assert unmapped_network(given) == (given if expected is None else ip_network(expected))
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"), [("::ffff:10.0.0.5", "10.0.0.5"), ("10.0.0.5", "10.0.0.5"), ("::a00:5", "::a00:5")]
+)
+def test_mapped_addresses_are_ipv4(address: str, expected: str) -> None:
+    assert unmapped(ip_address(address)) == ip_address(expected)

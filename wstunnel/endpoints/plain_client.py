@@ -7,7 +7,6 @@ Where this process is the client itself (`raw`), the server stands at the other 
 from __future__ import annotations
 
 import errno
-import socket
 import ssl
 from typing import TYPE_CHECKING
 
@@ -249,22 +248,10 @@ class ClientSide(Side):
             return
         self._shut = True
         try:
-            if isinstance(self.sock, ssl.SSLSocket):
-                self._end_tls(self.sock)
-            else:
-                self.sock.shutdown(socket.SHUT_WR)
+            if sockets.end_writing(self.sock):
+                self.secure = False
         except OSError as error:
             self._broke(error)
-
-    def _end_tls(self, sock: ssl.SSLSocket) -> None:
-        """RFC 8446 §6.1: a close_notify MUST go before the end."""
-        try:
-            sock.unwrap()
-            self.secure = False
-        except ssl.SSLError:
-            pass  # the client's has not come yet, or there is no room for ours
-        # SSLSocket's own method forgets the TLS state, and reading goes on.
-        socket.socket.shutdown(sock, socket.SHUT_WR)
 
     def drop(self) -> None:
         """Close the socket now."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 REMEMBERED = 1024
 """Addresses whose other form is remembered: `ipaddress` takes 10 µs for one, and UDP asks for each datagram."""
@@ -20,7 +20,20 @@ NAME_CHARACTERS = 253
 
 _NAME = re.compile(r"(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")  # RFC 1035 §2.3.4: labels of 63 octets or less
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 §2.5.5.2
+_MAPPED_NETWORK = IPv6Network((_MAPPED + bytes(4), 96))
 _COMPATIBLE = bytes(12)  # RFC 4291 §2.5.5.1
+
+
+def unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """IPv4-mapped addresses (RFC 4291 §2.5.5.2) are IPv4: the kernel sends IPv4 packets for them."""
+    return address if isinstance(address, IPv4Address) else address.ipv4_mapped or address
+
+
+def unmapped_network(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
+    """A network of IPv4-mapped addresses is one of IPv4."""
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED_NETWORK):
+        return IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
+    return network
 
 
 @lru_cache(REMEMBERED)
