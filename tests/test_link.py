@@ -151,7 +151,7 @@ class ScriptedTls(MemorySocket):
             self.inside += self.incoming.arrived
             self.incoming.arrived.clear()
         if self.inside:
-            count = min(len(self.inside), self.record, len(buffer))
+            count = min(len(self.inside), self.record, size or len(buffer))
             buffer[:count] = self.inside[:count]
             del self.inside[:count]
             return count
@@ -732,6 +732,74 @@ class TestWriting:
         assert wire.link.mask == READ
 
 
+class TestCarry:
+    """A few bytes, just read, go the short way."""
+
+    @pytest.mark.parametrize("tls", [False, True])
+    @pytest.mark.parametrize("side", ["client", "server"])
+    def test_they_are_sent_and_kept(self, side, tls):
+        wire = Wire(side, tls=tls)
+        stream, application = wire.open()
+        for number in range(50):
+            write(application, b"%d" % number)
+            wire.turn()
+            assert not stream.outbound.queued()
+        wire.run()
+        sent = b"".join(b"%d" % number for number in range(50))
+        assert wire.data() == sent
+        assert bytes(stream.outbound.replay.view(0, 999)) == sent
+
+    @pytest.mark.parametrize("tls", [False, True])
+    @pytest.mark.parametrize("room", [0, 3])
+    def test_a_connection_that_is_full(self, room, tls):
+        wire = Wire("client", tls=tls)
+        _stream, application = wire.open()
+        wire.near.outgoing.room = room
+        write(application, b"abc")
+        wire.turn()
+        assert wire.link.blocked
+        assert wire.link.mask == READ | WRITE
+        write(application, b"def")
+        wire.turn()
+        wire.near.outgoing.room = None
+        wire.run()
+        assert not wire.link.blocked
+        assert wire.link.mask == READ
+        assert wire.data() == b"abcdef"
+
+    def test_tls_that_wants_to_read_first(self):
+        wire = Wire("client", tls=True)
+        _stream, application = wire.open()
+        wire.near.writes = [want_read(), want_read()]
+        write(application, b"abc")
+        wire.turn()
+        assert wire.link.blocked
+        assert wire.link.mask == READ, "to wait for room, which there is, would spin"
+        wire.put(encode_frame(Opcode.PING, b""))
+        wire.run()
+        assert wire.data() == b"abc"
+
+    def test_a_write_that_fails(self):
+        wire = Wire("client")
+        stream, application = wire.open()
+        write(application, b"abc")
+        abort(wire.far)
+        wire.reactor.turn(stream)
+        assert wire.end.losses == ["connection failed: reset"]
+        assert stream.outcome == ("lost", "connection failed: reset")
+
+    def test_the_last_of_the_credit(self):
+        """It is not read on where there is no room: the mask says so at once."""
+        wire = Wire("client", end=End(MemoryReactor(), window=8))
+        wire.consuming = False
+        stream, application = wire.open()
+        write(application, b"12345678")
+        wire.turn()
+        assert stream.mask == 0
+        wire.run()
+        assert wire.data() == b"12345678"
+
+
 class TestPace:
     """How much is read at once follows from how long it takes: a turn is short, whatever the frames are like."""
 
@@ -1052,7 +1120,7 @@ class TestLiveness:
         assert looks == [limits.PING_AFTER_SECONDS - 1.0 + STALL_SECONDS]
 
     @pytest.mark.parametrize("tls", [False, True])
-    @pytest.mark.parametrize("size", [1, 4096], ids=["one-write", "gathered"])
+    @pytest.mark.parametrize("size", [1, 2000, 4096], ids=["carried", "one-write", "gathered"])
     def test_data_behind_a_blocked_frame_is_not_in_flight(self, size, tls):
         wire = Wire(tls=tls)
         _stream, application = wire.open()
@@ -1067,7 +1135,7 @@ class TestLiveness:
         pass_time(wire, STALL_SECONDS)
         assert wire.end.stalls == [wire.link]
 
-    @pytest.mark.parametrize("size", [1, 4096], ids=["one-write", "gathered"])
+    @pytest.mark.parametrize("size", [1, 2000, 4096], ids=["carried", "one-write", "gathered"])
     def test_a_part_of_a_frame_is_in_flight(self, size):
         wire = Wire()
         _stream, application = wire.open()

@@ -61,14 +61,18 @@ class Liveness:
     Args:
         now: the link counts as heard now.
         ping_after: seconds of silence after which PING is due, or up to TICK_SECONDS before.
+
+    Attributes:
+        unanswered: when the first thing was `sent` since a byte came; None if nothing was. Then `sent` need not be told
+            of more.
     """
 
-    __slots__ = ("_asked", "_heard", "_looked", "_ping_after", "_queue", "_since", "_taken", "_unanswered", "_woken")
+    __slots__ = ("_asked", "_heard", "_looked", "_ping_after", "_queue", "_since", "_taken", "_woken", "unanswered")
 
     def __init__(self, now: float, ping_after: float = limits.PING_AFTER_SECONDS) -> None:
         self._ping_after = ping_after
         self._heard = now  # the last byte
-        self._unanswered: float | None = None  # the first `sent` since
+        self.unanswered: float | None = None  # the first `sent` since
         self._asked: Verdict | None = None  # why a ping is outstanding: PING, or STALLED which outlasts it
         self._woken = False
         # While a ping is outstanding:
@@ -80,13 +84,13 @@ class Liveness:
     def received(self, now: float) -> None:
         """Some byte came: the link lives, and nothing is awaited any more."""
         self._heard = now
-        self._unanswered = None
+        self.unanswered = None
         self._asked = None
 
     def sent(self, now: float) -> None:
         """The kernel took something that the peer must react to: stream data, open, resume, eof, reset."""
-        if self._unanswered is None:
-            self._unanswered = now
+        if self.unanswered is None:
+            self.unanswered = now
 
     def pinged(self, now: float) -> None:
         """The kernel took the ping that `check` asked for: its clock starts. Does nothing if none is outstanding.
@@ -103,8 +107,8 @@ class Liveness:
         Even if bytes come before it, since those may have waited in the kernel all the while.
         """
         self._heard = now
-        if self._unanswered is not None:
-            self._unanswered = now
+        if self.unanswered is not None:
+            self.unanswered = now
         self._asked = None
         self._woken = True
 
@@ -120,7 +124,7 @@ class Liveness:
     @property
     def quiet(self) -> bool:
         """Whether nothing is awaited: no answer to data, none to a ping. Then `check` need not know the send queue."""
-        return self._asked is None and self._unanswered is None
+        return self._asked is None and self.unanswered is None
 
     def due(self, round_trip: float) -> float:
         """When to call `check` next, if nothing is reported until then. After `woke` that is at once.
@@ -179,9 +183,9 @@ class Liveness:
 
     def _stall(self, round_trip: float) -> float:
         """When data has waited too long; infinity if none waits, or if it was asked for already."""
-        if self._unanswered is None or self._asked is Verdict.STALLED:
+        if self.unanswered is None or self._asked is Verdict.STALLED:
             return math.inf
-        return self._unanswered + max(STALL_SECONDS, STALL_ROUND_TRIPS * round_trip)
+        return self.unanswered + max(STALL_SECONDS, STALL_ROUND_TRIPS * round_trip)
 
     def _look(self, now: float, unsent: int | None) -> None:
         """Let the time since the last look not count if the queue fell."""

@@ -50,6 +50,9 @@ BATCHES = 8
 """Batches in one turn while events keep coming. A pass through Trio costs 20 µs and a poll less than one; more than
 this gained nothing, and the other tasks should not wait for the whole of TURN_SECONDS while little happens."""
 
+PATIENCE_SECONDS = 24 * 3600.0
+"""Longest wait in Trio's place, as Trio's own."""
+
 KEPT_BYTES = 2 * limits.MIB
 """A block of this size, freed once, has glibc's malloc keep up to twice as much free memory at the heap's end, and map
 no smaller block on its own (mallopt(3), M_MMAP_THRESHOLD). What a frame needs, masked and joined, would otherwise be
@@ -145,11 +148,12 @@ class Reactor(ABC):
         self._started = False
         self._stopped = False
         self._trio: TrioLoop | None = None  # waits in its place
+        self._time: Callable[[], float] = trio.current_time
 
     @property
     def now(self) -> float:
         """`trio.current_time()` at the start of this turn or pass over the alarms: a cheap clock. Else exact."""
-        return trio.current_time() if self._now is None else self._now
+        return self._time() if self._now is None else self._now
 
     @staticmethod
     def spent() -> float:
@@ -310,6 +314,7 @@ class Reactor(ABC):
     def _stop(self) -> None:
         self._stopped = True
         self._waiting = False
+        self._now = None
         for handler in list(self._handlers.values()):
             self.drop(handler)
         self._rest = None
@@ -338,7 +343,7 @@ class Reactor(ABC):
 
     def _turn(self) -> bool:
         """Serve what there is. Returns whether there was anything."""
-        self._now = trio.current_time()
+        self._now = self._time()
         end = self._clock() + limits.TURN_SECONDS
         served = False
         try:
@@ -364,23 +369,26 @@ class Reactor(ABC):
         clock = self._clock
         # Masks are looked at before each call, not before the batch: any callback may have changed any of them.
         for handler, events in rest:
-            try:
-                if events & _BROKEN:
-                    events = self._broken(handler, events)  # noqa: PLW2901  # the hot path pays for no second name
-                if events & (READ | _AGAIN):
-                    if handler.mask & READ:
-                        handler.on_readable()
-                    elif events & _AGAIN and handler.fd >= 0:
-                        self._owed.add(handler)
-                if events & WRITE and handler.mask & WRITE:
-                    handler.on_writable()
-            except Exception as error:  # one handler's fault must not touch another's socket
-                self._fail(handler, error)
+            self._call(handler, events)
             if clock() >= end:
                 return False
         self._rest = None
         self._batch.clear()  # now, not at the next event: it holds handlers that were dropped
         return True
+
+    def _call(self, handler: Handler, events: int) -> None:
+        try:
+            if events & _BROKEN:
+                events = self._broken(handler, events)
+            if events & (READ | _AGAIN):
+                if handler.mask & READ:
+                    handler.on_readable()
+                elif events & _AGAIN and handler.fd >= 0:
+                    self._owed.add(handler)
+            if events & WRITE and handler.mask & WRITE:
+                handler.on_writable()
+        except Exception as error:  # one handler's fault must not touch another's socket
+            self._fail(handler, error)
 
     def _broken(self, handler: Handler, events: int) -> int:
         """Turn ERR and HUP into the one call that will find out what is wrong. Returns the events that remain."""
@@ -419,7 +427,7 @@ class Reactor(ABC):
     def _run_due(self) -> None:
         # What these add waits for the next pass, even if it is due: see `_run_later`. So does what exceeds a turn.
         alarms, clock, last = self._alarms, self._clock, self._alarm_number
-        self._now = now = trio.current_time()
+        self._now = now = self._time()
         end = clock() + limits.TURN_SECONDS
         try:
             while alarms and alarms[0][0] <= now and alarms[0][1] <= last:
@@ -495,27 +503,37 @@ class EpollReactor(Reactor):
 
     async def _serve_in_place_of(self, loop: TrioLoop) -> None:
         """Wait here while no other task can run: see `trio_loop`."""
-        poll = self._epoll.poll
+        self._time = time = loop.time
+        poll, handlers, alarms = self._epoll.poll, self._handlers, self._alarms
         idle = False
         while True:
             await loop.step_aside(idle=idle)
             self._trio_ready = False
-            self._until_alarm()
-            idle = (self._busy or loop.patience() <= 0) and not self._turn()
-            while not self._busy and not self._trio_ready and (patience := loop.patience()) > 0:
-                patience = min(patience, self._until_alarm())
-                self._found = poll(None if patience == math.inf else patience)
-                self._turn()
-
-    def _until_alarm(self) -> float:
-        """Run the alarms that are due. Returns how long to wait at most for the next; 0 after any."""
-        if not self._alarms:
-            return math.inf
-        due = self._alarms[0][0] - trio.current_time()
-        if due > 0:
-            return due
-        self._run_due()
-        return 0.0
+            if alarms and alarms[0][0] <= time():
+                self._run_due()
+            idle = (self._busy or loop.due() <= time()) and not self._turn()
+            # `_busy` is written out: this is asked before each wait.
+            while not (self._trio_ready or self._queue or self._later or self._rest):
+                due, now = loop.due(), time()
+                if due <= now:
+                    break
+                if alarms and alarms[0][0] < due:
+                    due = alarms[0][0]
+                    if due <= now:
+                        self._run_due()
+                        due = now
+                # Not longer than Trio would: epoll takes at most 2^31 ms, 25 days, and some deadline may be later.
+                found = poll(due - now if due < now + PATIENCE_SECONDS else PATIENCE_SECONDS)
+                if len(found) == 1 and (handler := handlers.get(found[0][0])) is not None:
+                    # A whole turn: most are of one event, and need no batch.
+                    self._now = time()
+                    self._call(handler, found[0][1])
+                    if self._later:
+                        self._run_later()
+                    self._now = None
+                else:
+                    self._found = found
+                    self._turn()
 
     def _stop(self) -> None:
         super()._stop()

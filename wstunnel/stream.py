@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from wstunnel import limits, logs, sockets
 from wstunnel.errors import LocalError
+from wstunnel.pace import FLOOR_BYTES
 from wstunnel.reactor import READ, WRITE, Handler, Reactor
 from wstunnel.wire.buffer import SPARE_FROM_BYTES
 from wstunnel.wire.protocol import StreamState
@@ -192,6 +193,8 @@ class Stream(Handler):
             # What was read stays where it is, to be sent again if need be; the next one reads into another buffer.
             self.reactor.scratch = outbound.adopt(scratch[:size])
         elif size:
+            if size <= FLOOR_BYTES and size < room and link is not None and link.carry(scratch[:size]):
+                return  # and may go on reading: there is room left
             outbound.append(scratch[:size])
         else:
             outbound.end()

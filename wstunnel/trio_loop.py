@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 if TYPE_CHECKING:
-    from trio.lowlevel import Task
+    from collections.abc import Callable
 
+    from trio.lowlevel import Task
 
 ASIDE_SECONDS = 0.001
 """How long the caller sleeps in Trio for those who wait until all tasks are blocked. Only tests do."""
-PATIENCE_SECONDS = 24 * 3600.0
-"""Longest wait, as Trio's own: epoll takes no more than 2^31 ms, 25 days, and some deadline may be later."""
 
 
 class TrioLoop(trio.abc.Instrument):
@@ -31,10 +30,12 @@ class TrioLoop(trio.abc.Instrument):
 
     Attributes:
         fd: Trio's selector: readable when a socket, a thread or a signal has something for one of its tasks.
+        time: `trio.current_time`, at half of its cost.
     """
 
     def __init__(self, runner: Any, task: Any, fd: int) -> None:
         self.fd = fd
+        self.time: Callable[[], float] = runner.clock.current_time
         self._runner = runner
         self._task = task
         # Not Trio's queue: that is emptied into a batch before the first task of it runs.
@@ -48,16 +49,13 @@ class TrioLoop(trio.abc.Instrument):
         """Trio's: it runs now."""
         self._due.discard(task)
 
-    def patience(self) -> float:
-        """Seconds until another task is due, if nothing happens before; 0 or less when one can run now.
-
-        PATIENCE_SECONDS at most; infinity when nothing has a deadline.
-        """
+    def due(self) -> float:
+        """When another task is due, if nothing happens before: -infinity when one can run now, infinity for never."""
         # A cancellation is not scheduled for the task that runs: it meets it when it next waits in Trio.
         if self._due or self._runner.waiting_for_idle or self._task._cancel_status.effectively_cancelled:
-            return 0.0
+            return -math.inf
         deadline: float = self._runner.deadlines.next_deadline()
-        return deadline if deadline == math.inf else min(deadline - self._runner.clock.current_time(), PATIENCE_SECONDS)
+        return deadline
 
     async def step_aside(self, *, idle: bool) -> None:
         """Let all other tasks run that can. `idle`: the caller found nothing to do."""
@@ -83,7 +81,7 @@ async def find() -> TrioLoop | None:
         if any(isinstance(instrument, TrioLoop) for instrument in runner.instruments["_all"]):
             return None  # two would each find the other one due, and never wait
         loop = TrioLoop(runner, GLOBAL_RUN_CONTEXT.task, runner.io_manager._epoll.fileno())
-        loop.patience()
+        loop.due() - loop.time()  # both are numbers
     except (ImportError, AttributeError, LookupError, TypeError):
         return None
     trio.lowlevel.add_instrument(loop)

@@ -80,6 +80,19 @@ class TestSending:
         assert outbound.budget.held == 0
 
 
+class TestCarry:
+    def test_as_append_and_take(self) -> None:
+        outbound = sender(b"abc", sent=3)
+        assert outbound.carry(memoryview(b"de"))
+        assert (outbound.cursor, outbound.queued(), outbound.budget.held) == (5, 0, 5)
+        assert bytes(outbound.replay.view(0, 9)) == b"abcde"
+
+    def test_not_ahead_of_what_is_queued(self) -> None:
+        outbound = sender(b"abc", sent=2)
+        assert not outbound.carry(memoryview(b"de"))
+        assert (outbound.cursor, outbound.queued(), outbound.budget.held) == (2, 1, 3)
+
+
 class TestRoom:
     """A sender holds at most min(limit, its own maximum, budget) unacked: then it stops reading."""
 

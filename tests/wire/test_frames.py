@@ -353,12 +353,12 @@ class TestStreaming:
 
 
 class TestWhole:
-    """One short BINARY frame and nothing else, in a short cut: `feed` is the oracle."""
+    """One BINARY frame and nothing else, in a short cut: `feed` is the oracle."""
 
     @BOTH_ROLES
-    @pytest.mark.parametrize("length", range(126))
-    def test_every_short_length(self, masked: bool, length: int) -> None:
-        payload = bytes(range(length))
+    @pytest.mark.parametrize("length", [*range(130), 255, 256, 1024, (1 << 16) - 1])
+    def test_every_length(self, masked: bool, length: int) -> None:
+        payload = bytes(i % 251 for i in range(length))
         got = FrameDecoder(masked=masked).whole(memoryview(encode(Opcode.BINARY, payload, masked=masked)))
         assert got is not None
         assert bytes(got) == payload
@@ -370,8 +370,9 @@ class TestWhole:
             *(short[:size] for size in range(len(short))),
             short + b"\x82",
             short + short,
-            encode(Opcode.BINARY, bytes(126), masked=masked),
-            encode(Opcode.BINARY, bytes(126), masked=masked)[: 132 if masked else 128],  # as if 126 were its length
+            *(encode(Opcode.BINARY, bytes(200), masked=masked)[:size] for size in range(207 if masked else 203)),
+            encode(Opcode.BINARY, bytes(200), masked=masked) + b"\x82",
+            encode(Opcode.BINARY, bytes(1 << 16), masked=masked),
             encode(Opcode.BINARY, b"x" * 9, masked=masked, fin=False),
             encode(Opcode.BINARY, b"x" * 9, masked=not masked),
             *(encode(opcode, b"x" * 9, masked=masked) for opcode in Opcode if opcode is not Opcode.BINARY),
@@ -416,7 +417,8 @@ class TestWhole:
         """After any traffic, whole or cut anywhere, and whatever comes behind."""
         wire = b"".join(encode(f.opcode, f.payload, masked=masked, fin=f.fin) for f in sent[0])
         wire = wire[:cut]
-        frame = bytearray(encode(Opcode.BINARY, data.draw(st.binary(max_size=140)), masked=masked))
+        payload = data.draw(st.binary(max_size=140)) * data.draw(st.sampled_from([1, 1, 10]))
+        frame = bytearray(encode(Opcode.BINARY, payload, masked=masked))
         frame[0] = data.draw(st.sampled_from([0x82, 0x82, 0x82, 0x02, 0xC2, 0x80, 0x81, 0x89]))
         piece = bytes(frame) + data.draw(st.sampled_from([b"", b"", b"\x82", encode(Opcode.PING, masked=masked)]))
         one, other = FrameDecoder(masked=masked), FrameDecoder(masked=masked)

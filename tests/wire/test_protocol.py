@@ -1267,6 +1267,69 @@ class TestReceiveData:
         assert not protocol.ack_due()
 
 
+class TestCarry:
+    """What was just read, as a frame in a short cut: `append` and `pull` are the oracle."""
+
+    @staticmethod
+    def stated(protocol: LinkProtocol) -> object:
+        stream = protocol.stream
+        held = stream and (len(stream.outbound.replay), stream.outbound.budget.held)
+        return snapshot(protocol), held, protocol.expecting
+
+    @pytest.mark.parametrize("size", [1, 125, 126, 1024])
+    @pytest.mark.parametrize("name", SCENES)
+    def test_as_append_and_pull_in_every_state(self, name: str, size: int) -> None:
+        quick, plain = SCENES[name][0](), SCENES[name][0]()
+        data = bytes(index % 251 for index in range(size))
+        if plain.stream is None:
+            assert quick.carry(memoryview(data)) is None
+            return
+        if plain.stream.outbound.discarded:
+            assert quick.carry(memoryview(data)) is None
+            return
+        assert quick.stream is not None
+        plain.expecting = quick.expecting = False
+        plain.stream.outbound.append(data)
+        expected = b"".join(plain.pull(1 << 20, NOW, ROUND_TRIP))
+        got = quick.carry(memoryview(data))
+        if got is None:
+            assert not expected, "nothing else had to go first"
+            assert not quick.stream.outbound.queued(), "nothing was done"
+            return
+        assert got == expected
+        assert self.stated(quick) == self.stated(plain)
+        assert pull(quick) == pull(plain) == []
+
+    def test_nothing_is_overtaken(self) -> None:
+        """Control messages, pongs of both kinds, a reset, and bytes that were read before."""
+
+        def queue(protocol: LinkProtocol) -> None:
+            assert protocol.stream is not None
+            protocol.stream.outbound.append(b"before")
+
+        before: list[tuple[Callable[[LinkProtocol], object], list[object]]] = [
+            (lambda protocol: protocol.send(Pong(number=1)), [Pong(number=1)]),
+            (lambda protocol: feed(protocol, Ping(number=2)), [Pong(number=2)]),
+            (lambda protocol: receive(protocol, frame(protocol, Opcode.PING, b"3")), [(Opcode.PONG, b"3")]),
+            (queue, [b"before"]),
+            (ask_reset, [Reset(n=SECOND, code="reset", message="why")]),
+        ]
+        for put_first, sent in before:
+            protocol = busy("server", "forward", answered=True)
+            put_first(protocol)
+            was = self.stated(protocol)
+            assert protocol.carry(memoryview(b"x")) is None
+            assert self.stated(protocol) == was
+            assert pull(protocol) == sent
+
+    def test_each_frame_has_its_own_key(self) -> None:
+        protocol = busy("client", "forward", answered=True)
+        frames = [protocol.carry(memoryview(b"same")) for _ in range(2)]
+        assert frames[0] != frames[1]
+        assert protocol.stream is not None
+        assert bytes(protocol.stream.outbound.replay.view(3, 99)) == b"samesame", "kept, to be sent again"
+
+
 class TestDrained:
     """It spares whoever writes the pull that would find nothing; `pull` above asserts that nothing would."""
 

@@ -56,6 +56,16 @@ class Outbound:
         self.replay.append(data)
         self.budget.charge(len(data))
 
+    def carry(self, data: bytes | memoryview) -> bool:
+        """`append` it and `take` it, whole. False if other bytes have to go first; then nothing was done."""
+        replay = self.replay
+        if self.cursor != replay.end:
+            return False
+        replay.append(data)
+        self.cursor = replay.end
+        self.budget.charge(len(data))
+        return True
+
     def adopt(self, data: memoryview) -> memoryview:
         """As `append`, without a copy; see `OffsetBuffer.adopt`."""
         self.budget.charge(len(data))

@@ -37,6 +37,7 @@ __all__ = [
     "apply_mask",
     "apply_mask_python",
     "encode_close",
+    "encode_data",
     "encode_frame",
     "encode_header",
     "encode_pair",
@@ -83,6 +84,7 @@ _NO_STATUS: Final = 1005
 
 _OPCODES: Final[dict[int, Opcode]] = {opcode.value: opcode for opcode in Opcode}
 _TEXT: Final = Opcode.TEXT
+_BINARY: Final = Opcode.BINARY
 _CONTROL: Final = 0x8  # this opcode and those above; module names: looking into an enumeration is slower
 _FIN: Final = 0x80
 _RESERVED: Final = 0x70
@@ -96,9 +98,6 @@ _KEY_BYTES: Final = 4
 _BINARY_FIN: Final = _FIN | Opcode.BINARY
 _TEXT_FIN: Final = _FIN | Opcode.TEXT
 _PING_OR_PONG: Final = frozenset((_FIN | Opcode.PING, _FIN | Opcode.PONG))
-# Sizes of the shortest frames whose length does not fit into 7 bits: masked, and not.
-_MASKED_126: Final = 2 + _KEY_BYTES + _LENGTH_16
-_CLEAR_126: Final = 2 + _LENGTH_16
 _CLOSE_REASON_BYTES: Final = limits.CONTROL_PAYLOAD_BYTES - 2
 
 _U16: Final = Struct("!H")
@@ -140,6 +139,21 @@ def encode_header(opcode: int, length: int, *, fin: bool = True, key: bytes | No
     else:
         header = _HEADER_64.pack(first, mask | _LENGTH_64, length)
     return header if key is None else header + key
+
+
+_SHORT_CLEAR: Final = [encode_header(Opcode.BINARY, size) for size in range(_LENGTH_16)]
+_SHORT_MASKED: Final = [encode_header(Opcode.BINARY, size, key=b"") for size in range(_LENGTH_16)]
+
+
+def encode_data(payload: Bytes, key: bytes | None) -> bytes:
+    """As `encode_frame(Opcode.BINARY, payload, key=key)`, faster if there are fewer than 126 bytes."""
+    size = len(payload)
+    if size >= _LENGTH_16:
+        header = encode_header(_BINARY, size, key=key)
+        return header + (payload if key is None else apply_mask(payload, key))
+    if key is None:
+        return _SHORT_CLEAR[size] + payload
+    return _SHORT_MASKED[size] + key + apply_mask(payload, key)
 
 
 def encode_frame(opcode: int, payload: Bytes, *, fin: bool = True, key: bytes | None = None) -> bytes:
@@ -262,19 +276,28 @@ class FrameDecoder:
         return self._closed
 
     def whole(self, data: memoryview) -> bytes | memoryview | None:
-        """The payload, if `data` is one whole BINARY frame of fewer than 126 bytes and nothing else; else None.
+        """The payload, if `data` is one whole BINARY frame of less than 64 KiB and nothing else; else None.
 
         What an interactive stream sends, without the cost of a generator. After None nothing has been decoded: `feed`.
+
         """
+        size = len(data)
+        if size < 2 or data[0] != _BINARY_FIN:
+            return None
         if self._in_frame or self._head or self._message is not None or self._ended:
             return None
-        size = len(data)
-        if self._masked:
-            if 6 <= size < _MASKED_126 and data[0] == _BINARY_FIN and data[1] == _MASK + size - 6:
-                return apply_mask(data[6:], bytes(data[2:6]))
-        elif 2 <= size < _CLEAR_126 and data[0] == _BINARY_FIN and data[1] == size - 2:
-            return data[2:]
-        return None
+        start = 6 if self._masked else 2
+        length = data[1] - _MASK if self._masked else data[1]
+        if length == _LENGTH_16 and size > 4:
+            length = data[2] << 8 | data[3]
+            if length < _LENGTH_16:
+                return None
+            start += 2
+        elif length >= _LENGTH_16:
+            return None
+        if start + length != size:
+            return None
+        return apply_mask(data[start:], bytes(data[start - 4 : start])) if self._masked else data[start:]
 
     def pair(self, data: memoryview) -> tuple[int, bytes] | None:
         """The opcode and the text, if `data` is what `encode_pair` makes, from first to last byte; else None.
@@ -324,15 +347,19 @@ class FrameDecoder:
         view = memoryview(data)
         end = len(view)
         position = self._finish_header(view) if self._head else 0
-        binary, unpack_16, unpack_key, unmask = Opcode.BINARY, _U16.unpack_from, _KEY.unpack_from, apply_mask
+        text, binary, unpack_16, unpack_key, unmask = _TEXT, _BINARY, _U16.unpack_from, _KEY.unpack_from, apply_mask
         key_bytes = _KEY_BYTES if self._masked else 0
         # The first two bytes of a final BINARY frame, masked as it must be, less its 7-bit length.
         fast = (_FIN | binary) << 8 | (_MASK if key_bytes else 0)
         while True:
             if not self._in_frame:
-                # The fast path: whole messages in one BINARY frame, all of it here. Anything else goes the long way.
+                # The fast path: whole messages in one frame, all of it here, BINARY or ASCII. All else: the long way.
                 while end - position >= 2 + key_bytes and self._message is None:
                     length = unpack_16(view, position)[0] - fast
+                    opcode = binary
+                    if length < 0:
+                        opcode = text  # whose number is the one before
+                        length += 1 << 8
                     if 0 <= length < _LENGTH_16:
                         start = position + 2 + key_bytes
                     elif length == _LENGTH_16 and end - position > _LENGTH_16:
@@ -350,11 +377,13 @@ class FrameDecoder:
                     stop = start + length
                     if stop > end:
                         break
-                    position = stop
+                    payload: bytes | memoryview = view[start:stop]
                     if key_bytes:
-                        yield binary, unmask(view[start:stop], unpack_key(view, start - key_bytes)[0]), True
-                    else:
-                        yield binary, view[start:stop], True
+                        payload = unmask(payload, unpack_key(view, start - key_bytes)[0])
+                    if opcode is text and not bytes(payload).isascii():
+                        break
+                    position = stop
+                    yield opcode, payload, True
                 if position == end:
                     return
                 position = self._begin_header(view, position)

@@ -26,6 +26,7 @@ from wstunnel.wire.frames import (
     Opcode,
     apply_mask,
     encode_close,
+    encode_data,
     encode_frame,
     encode_header,
     encode_pair,
@@ -59,6 +60,7 @@ from wstunnel.wire.states import EXCHANGE, EXPECTED, Exchange, ExchangeEvent, Ha
 from wstunnel.wire.tombstones import Tombstone
 
 Buffer = bytes | memoryview
+_ADVANCING = frozenset((Opened, Ack, Eof))
 _COUNTED = (Opened, Ack, Eof, Reset, Resumed)
 _CONTROL: dict[type[Message], str] = {
     Bye: "client", Gone: "client", Listen: "client", Unlisten: "client",
@@ -295,10 +297,13 @@ class LinkProtocol:
     def _apply(self, message: AnyMessage) -> bool:
         """Check a message against the state and apply it; False if it is to be ignored."""
         kind = type(message)
-        name = kind.__name__.lower()
         if not self.greeted:
             self._greet(message)
             return True
+        if kind in _ADVANCING and self.state is _BUSY and message.n == self.n:  # type: ignore[union-attr]
+            self._advance(message)  # type: ignore[arg-type]
+            return True
+        name = kind.__name__.lower()
         if isinstance(message, _COUNTED):
             if message.n < self.n:
                 return False
@@ -325,7 +330,7 @@ class LinkProtocol:
             if self.flow is not None and kind not in EXPECTED[_FLOW]:
                 raise ProtocolError(f"{name} while flow")
             return isinstance(message, Pong)
-        elif isinstance(message, Opened | Ack | Eof):
+        elif isinstance(message, Opened):
             self._advance(message)
         return True
 
@@ -394,6 +399,27 @@ class LinkProtocol:
             stream.inbound.ended(message.total)
 
     # --- out ----------------------------------------------------------------------------------------------------------
+
+    def carry(self, data: memoryview) -> bytes | None:
+        """What was just read from the application, kept in the stream, and as one frame to be written whole.
+
+        None if something else has to go first; then nothing was done: the caller appends it to the stream, and pulls.
+
+        Args:
+            data: as much as a short frame may have at any pace, and the stream has room for.
+        """
+        stream = self.stream
+        if (
+            self.state is not _BUSY
+            or self._control
+            or self._pong_number is not None
+            or self._pong is not None
+            or stream.reset_wanted is not None  # type: ignore[union-attr]  # BUSY has a stream
+            or not stream.outbound.carry(data)  # type: ignore[union-attr]
+        ):
+            return None
+        self.expecting = True
+        return encode_data(data, None if self._keys is None else self._keys.next())
 
     def send(self, message: Message) -> None:
         """Queue a control message. It overtakes stream data. After a close frame it is dropped.

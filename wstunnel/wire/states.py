@@ -31,7 +31,13 @@ from wstunnel.wire.messages import (
 )
 
 
-class Half(Enum):
+class _State(Enum):
+    """Members are looked up in tables for each message, and `Enum` hashes their names, in Python."""
+
+    __hash__ = object.__hash__
+
+
+class Half(_State):
     """One direction. Sending: ended = our EOF went out, done = it was acked. Receiving: ended = the peer's EOF came,
     done = we acked it.
     """
@@ -41,7 +47,7 @@ class Half(Enum):
     DONE = "done"
 
 
-class HalfEvent(Enum):
+class HalfEvent(_State):
     EOF = "eof"
     EOF_ACK = "eof_ack"
     EOF_LOST = "eof_lost"  # sending: the link is gone, and with it perhaps our EOF
@@ -60,7 +66,7 @@ HALF: dict[tuple[Half, HalfEvent], Half] = {
 }
 
 
-class Exchange(Enum):
+class Exchange(_State):
     """One link."""
 
     NEW = "new"  # the peer's hello (at the server) or welcome (at the client) has not come
@@ -72,7 +78,7 @@ class Exchange(Enum):
     CLOSED = "closed"
 
 
-class ExchangeEvent(Enum):
+class ExchangeEvent(_State):
     GREETED = "greeted"  # hello or welcome came
     OPEN = "open"  # `open` sent or received, or `resume` received
     FLOW = "flow"  # what was just opened carries datagrams
