@@ -1373,7 +1373,20 @@ class TestClosing:
         wire.peer.close(1000)
         wire.carry_in()
         wire.turn()
-        assert wire.end.losses == ["connection failed: not connected"]
+        assert wire.end.losses == ["closed by the peer: 1000"], "it had ended the connection, and that in good order"
+
+    def test_tls_that_was_ended_first(self, monkeypatch):
+        """OpenSSL has errors for that, which say nothing new after a Close frame."""
+        wire = Wire(tls=True)
+
+        def end_writing(_sock: object) -> bool:
+            raise ssl.SSLZeroReturnError(ssl.SSL_ERROR_ZERO_RETURN, "TLS/SSL connection has been closed")
+
+        monkeypatch.setattr(link_module.sockets, "end_writing", end_writing)
+        wire.peer.close(1000, "done")
+        wire.carry_in()
+        wire.turn()
+        assert wire.end.losses == ["closed by the peer: 1000 done"]
 
     def test_data_under_way_when_we_closed_is_read_and_thrown_away(self):
         wire = Wire()

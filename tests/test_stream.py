@@ -449,6 +449,32 @@ class TestFailedWrites:
         assert stream.outcome == ("reset", "connection reset")
         assert wire.got[-1] == Reset(n=1, code="reset", message="connection reset")
 
+    @pytest.mark.parametrize("first", ["ours", "theirs"])
+    def test_two_ends_do_not_hide_what_was_lost(self, first):
+        """The application took no more and ended, and so did the peer: who sent in vain is told."""
+        wire = Wire()
+        stream, application = wire.open()
+        wire.consuming = False
+        write(application, b"reply")
+        stream.sock.send = lambda data: failing(errno.EPIPE)(0)
+        wire.state.outbound.append(b"in vain")
+        for end in ("ours", "theirs") if first == "ours" else ("theirs", "ours"):
+            if end == "ours":
+                close_write(application)
+            else:
+                wire.state.outbound.end()
+            wire.run()
+            wire.link.sweep(wire.reactor.now + 1.0)
+            wire.run()
+        assert stream.outcome is None
+        wire.state.inbound.taken(5)
+        wire.state.inbound.end_delivered()
+        wire.state.ack_wanted = True
+        wire.run()
+        assert wire.data() == b"reply"
+        assert stream.outcome == ("reset", "connection reset")
+        assert wire.got[-1] == Reset(n=1, code="reset", message="connection reset")
+
     def test_a_read_that_fails_afterwards_is_the_end_of_it(self):
         wire = Wire()
         stream, application = wire.open()

@@ -258,6 +258,8 @@ class TestPins:
             with pytest.raises(ValueError, match=r"bytes follow|cut off|not a certificate"):
                 tls.public_key_pin(certificate(wrong))
 
+    # Of the parser: a forged serial number may be negative.
+    @pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
     @given(st.data())
     def test_what_a_forger_changes_never_gives_another_pin_than_an_independent_parser(
         self, data: st.DataObject
@@ -478,7 +480,22 @@ class TestTranslationOfCertificates:
     async def test_another_name(self, host: str) -> None:
         error = await failure(*issued("localhost"), host)
         assert isinstance(error, TrustError)
-        assert f"its certificate is for other names than {host}" in str(error)
+        assert f"its certificate is for other names than {host}; " in str(error)
+
+    async def test_another_name_is_told_as_it_was_asked_for(self) -> None:
+        """With `--sni` that is not the URL's host, and a name has no port."""
+        server, client = issued("localhost")
+        with pytest.raises(ssl.SSLError) as caught:
+            await handshake(server, client, "elsewhere.example")
+        text = str(tls.translate_tls_error(caught.value, "127.0.0.1:8443"))
+        assert "its certificate is for other names than elsewhere.example; " in text
+
+    async def test_no_pin_helps_with_a_proxy(self) -> None:
+        server, client = issued("localhost")
+        for host, trusting in (("elsewhere.example", client), ("localhost", issued("localhost")[1])):
+            with pytest.raises(ssl.SSLError) as caught:
+                await handshake(server, trusting, host)
+            assert "login URL" not in str(tls.translate_tls_error(caught.value, "the proxy", pinned=False))
 
     async def test_expired(self) -> None:
         past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)

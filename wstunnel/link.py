@@ -712,6 +712,9 @@ class Link(Handler):
         self.owner.lost(self, reason)
 
     def _broke(self, error: OSError) -> None:
+        if self.close_code is not None or self.protocol.close_sent:
+            self._ended()  # both have said goodbye, or we have: how TCP and TLS end then does not matter
+            return
         self.lose(f"connection failed: {error.strerror or error}", silent=error.errno == errno.ETIMEDOUT)
 
     def on_hangup(self) -> None:

@@ -323,8 +323,10 @@ class Stream(Handler):
         inbound = self.inbound
         if not inbound.at_end() or (self.sock is None and self.reason is None):
             return
+        if self._write_failed:
+            return  # it has not: to ack the end would say that it has, and the reset that is due could not be sent
         inbound.end_delivered()
-        if self.sock is not None and not self._write_failed:
+        if self.sock is not None:
             try:
                 self.sock.shutdown(socket.SHUT_WR)
             except OSError as error:

@@ -16,6 +16,7 @@ into addresses, and it is the resolved address that the policy checks.
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class Part:
         return UsageError(message, text=self.text, position=self.start + offset, grammar=self.grammar)
 
 
+@functools.lru_cache(maxsize=1024)  # the streams of a forward all name the same
 def parse_target(text: str) -> Target:
     """Read a TARGET, from the command line or from the peer.
 
