@@ -94,6 +94,9 @@ class TestLoginUrl:
             ("wss://[fe80::1%eth0]:65535", LoginUrl("wss", "fe80::1%eth0", 65535)),
             ("wss://a_b-c.d.:443/%2F:;=~!$&'()*+,", LoginUrl("wss", "a_b-c.d.", 443, "/%2F:;=~!$&'()*+,")),
             ("wss://bücher.example/", LoginUrl("wss", "xn--bcher-kva.example", 443)),
+            ("ws://h:6080/?token=a%20b&x=/?", LoginUrl("ws", "h", 6080, query="token=a%20b&x=/?")),
+            (f"wss://h?q#sha256={PIN.hex()}", LoginUrl("wss", "h", 443, pins=(PIN,), query="q")),
+            ("wss://h/p?", LoginUrl("wss", "h", 443, "/p")),
             (f"wss://{SECRET}@h/a@b", LoginUrl("wss", "h", 443, "/a@b", TOKEN)),
             (f"wss://h#sha256={PIN.hex()}", LoginUrl("wss", "h", 443, pins=(PIN,))),
             (f"wss://h/#sha256={PIN.hex().upper()}", LoginUrl("wss", "h", 443, pins=(PIN,))),
@@ -113,6 +116,14 @@ class TestLoginUrl:
         assert f"{url}" == str(url)
         bare = parse_login_url("ws://h:80")
         assert (bare.reveal(), str(bare)) == ("ws://h/", "ws://h/")
+
+    def test_a_query_may_hold_a_secret(self) -> None:
+        url = parse_login_url("ws://h/p?token=hunter22")
+        assert (str(url), url.resource) == ("ws://h/p?***", "/p?token=hunter22")
+        assert parse_login_url("ws://h/p").resource == "/p"
+        with pytest.raises(UsageError) as caught:
+            url.require_token()
+        assert "hunter22" not in str(caught.value)
 
     def test_authority(self) -> None:
         assert LoginUrl("wss", "::1", 443).authority == "[::1]"
@@ -156,8 +167,10 @@ class TestLoginUrl:
             ("wss://é" + "é" * 99, "this is not a host name", 6),
             ("wss://h/a@b", "the token is malformed: it has no /", 6),
             ("wss://" + "h" * 43, "the host is missing: this is a token", 6),
-            ("wss://h?q", "a login URL has no query", 7),
-            ("wss://h/p?q", "a login URL has no query", 9),
+            (f"wss://{'A' * 43}@h?q", "a login URL has no query", 11),
+            (f"wss://{'A' * 43}@h/p?q", "a login URL has no query", 13),
+            ("wss://h/p?a b", "may not stand in a query: write it as %XX", 11),
+            ("wss://h?é", "may not stand in a query: write it as %XX", 8),
             ("wss://h/a b", "write it as %XX", 9),
             ("wss://h/%zz", "write it as %XX", 8),
             ("wss://h/é", "write it as %XX", 8),
@@ -583,7 +596,7 @@ class TestFilesThatAreWrong:
 
         monkeypatch.setattr(os, "open", refuse)
         with pytest.raises(
-            LocalError, match="users/alice may not be written by this user: run it as the user of the server"
+            LocalError, match="users/alice may not be written by this user: run it as the user to whom it belongs"
         ):
             users.add_token("alice", TOKEN)
 

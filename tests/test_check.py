@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import socket
 import ssl
 import threading
@@ -16,7 +18,7 @@ from trio.testing import MockClock
 
 from tests.roles import free_port, make_world
 from tests.test_dialler import TOKEN, Certificates, FakeServer, switching, url
-from tests.test_proxy_tunnel import Proxy
+from tests.test_proxy_tunnel import GRANTED, Proxy, SocksProxy, pump
 from tests.test_server import Peer, hello
 from wstunnel import check_advice as advice
 from wstunnel import limits, tls
@@ -117,6 +119,24 @@ class Answering(FakeServer):
             await stream.send_all(self.answer)
 
 
+class Socks(FakeServer):
+    """A SOCKS5 proxy that wants no authentication and does as it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(self._serve)
+
+    async def _serve(self, stream: Any) -> None:
+        if not await stream.receive_some(3):
+            return  # the look at TCP
+        await stream.send_all(b"\x05\x00")
+        asked = await stream.receive_some(300)
+        await stream.send_all(GRANTED)
+        port = int.from_bytes(asked[-2:])
+        async with await trio.open_tcp_stream("127.0.0.1", port) as far, trio.open_nursery() as nursery:
+            nursery.start_soon(pump, stream, far)
+            nursery.start_soon(pump, far, stream)
+
+
 def resolving(*addresses: str) -> Callable[..., list[Any]]:
     """A resolver that has these addresses for every name."""
 
@@ -176,12 +196,31 @@ def whole(report: Report) -> None:
     assert {"ok", "url", "steps"} <= set(found) <= {"ok", "url", "steps", "interrupted"}
     for step in found["steps"]:
         assert set(step) == {"step", "ok", "text", "evidence", "next"}
+        assert members(step["evidence"]) <= documented()[step["step"]]
         assert isinstance(step["ok"], bool) and isinstance(step["text"], str) and isinstance(step["evidence"], dict)
         assert step["next"] is None or isinstance(step["next"], str)
         assert step["ok"] or step["next"], "a failure says what to do"
         assert "\n" not in step["text"]
     text = "".join(Layout("utf-8").step(step) for step in report.steps)
     assert TOKEN.reveal() not in text + report.as_json()
+
+
+PAGE = Path(__file__).parent.parent / "docs/how-to/find-out-what-is-in-the-way.md"
+
+
+def documented() -> dict[str, set[str]]:
+    """The members of `evidence`, by step, that the page promises to programs. Of members in members, all."""
+    rows = re.findall(r"^\| `([a-z-]+)` \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    found = {step: set(re.findall(r"`([a-z_]+)`", text)) for step, text in rows}
+    found["authentication"] = found["http"]
+    return found
+
+
+def members(value: Any) -> set[str]:
+    """The names of all members, at any depth."""
+    if isinstance(value, dict):
+        return set(value).union(*map(members, value.values()))
+    return set().union(*map(members, value)) if isinstance(value, list) else set()
 
 
 def failure(report: Report) -> Step:
@@ -294,6 +333,7 @@ class TestName:
         step = failure(await checked(url(9, host="four.test"), surroundings, ip_version=6))
         assert step.step == "name"
         assert "it has no IPv6 address" in step.text
+        assert step.next is not None and step.next.startswith("-6 takes IPv6 addresses only: leave it out.")
 
 
 class TestRoute:
@@ -446,7 +486,7 @@ class TestHttp:
             (b"426 Upgrade Required", b"", "http", "took the upgrade out", 1),
             (b"505 HTTP Version Not Supported", b"", "http", "proxy_http_version", 1),
             (b"502 Bad Gateway", b"", "http", "see that the server runs", 1),
-            (b"101 Switching Protocols", b"", "http", "took the upgrade out", 1),
+            (b"101 Switching Protocols", b"", "http", "a proxy on the way alters the answer", 1),
         ],
     )
     async def test_answers(
@@ -468,14 +508,16 @@ class TestHttp:
     async def test_no_answer_at_all(self, nursery: trio.Nursery, around: Any) -> None:
         server = await Answering(b"").start(nursery)
         step = failure(await checked(url(server.port), around()))
-        assert (step.step, step.next) == ("http", advice.SILENT_HTTP)
+        assert (step.step, step.next) == ("http", advice.NO_HTTP)
         assert "without an answer" in step.text
 
     async def test_another_subprotocol(self, nursery: trio.Nursery, around: Any) -> None:
         answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 24\r\n\r\nno subprotocol in common"
         server = await Answering(answer).start(nursery)
-        step = failure(await checked(url(server.port), around()))
+        report = await checked(url(server.port), around())
+        step = failure(report)
         assert (step.step, step.next) == ("http", advice.VERSION)
+        assert report.exit_code == 3, "as the client's own: the server refused the version"
 
     async def test_a_server_that_echoes_the_token(self, nursery: trio.Nursery, around: Any) -> None:
         token = TOKEN.reveal().encode()
@@ -485,6 +527,12 @@ class TestHttp:
         step = failure(report)
         assert step.evidence["server"] == f"{HIDDEN} {HIDDEN}"
         assert HIDDEN in step.text
+
+    async def test_no_http_there(self, nursery: trio.Nursery, around: Any) -> None:
+        server = await Answering(b"SSH-2.0-OpenSSH_9.2\r\n").start(nursery)
+        step = failure(await checked(url(server.port), around()))
+        assert (step.step, step.next) == ("http", advice.NO_HTTP)
+        assert "SSH-2.0" in step.text
 
 
 class TestProxy:
@@ -521,7 +569,75 @@ class TestProxy:
         proxy: Any = await Proxy(certificates.server).start(nursery)
         proxies = parse_proxy(f"https://127.0.0.1:{proxy.port}")
         step = failure(await checked(url(9), around(), proxies=proxies))
-        assert (step.step, step.next) == ("proxy", advice.TRUST)
+        assert (step.step, step.next) == ("proxy", advice.PROXY_TRUST)
+
+    async def test_an_echo_of_its_credentials(self, nursery: trio.Nursery, around: Any) -> None:
+        answer = b"HTTP/1.1 407 No\r\nContent-Length: 40\r\n\r\nYW5uOmh1bnRlcjIy is no good, nor hunter22"
+        proxy: Any = await Proxy(answer=answer).start(nursery)
+        report = await checked(url(9), around(), proxies=parse_proxy(f"http://ann:hunter22@127.0.0.1:{proxy.port}"))
+        step = failure(report)
+        assert f"{HIDDEN} is no good" in step.text
+        assert "YW5u" not in report.as_json() and "hunter22" not in report.as_json()
+
+    async def test_its_name_is_unknown(self, around: Any) -> None:
+        def resolve(*_: Any, **__: Any) -> list[Any]:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        step = failure(await checked(url(9), around(resolve=resolve), proxies=parse_proxy("http://proxy.test:3128")))
+        assert (step.step, step.next) == ("name", advice.PROXY_REACH)
+        assert step.text.startswith("proxy.test, the proxy: ")
+
+    async def test_through_tls(self, nursery: trio.Nursery, around: Any, certificates: Certificates) -> None:
+        """TLS to the server in TLS to the proxy; what is shown is the server's."""
+        server: Any = await TunnelServer(certificates.server).start(nursery)
+        proxy: Any = await Proxy(certificates.server).start(nursery)
+        proxies = parse_proxy(f"https://ann:hunter22@127.0.0.1:{proxy.port}")
+        report = await checked(url(server.port, "wss"), around(), proxies=proxies, ca=certificates.ca, idle=1)
+        assert report.ok, report.as_json()
+        assert [step.step for step in report.steps] == [
+            "name", "route", "tcp", "proxy", "tls", "http", "authentication", "tunnel", "round-trip", "idle",
+        ]  # fmt: skip
+        assert f"https://***@127.0.0.1:{proxy.port} (why) opened the way" in named(report, "proxy").text
+        assert named(report, "tls").evidence["trusted_by"] == "ca"
+        assert "hunter22" not in report.as_json()
+
+    async def test_through_socks(self, nursery: trio.Nursery, around: Any) -> None:
+        server: Any = await TunnelServer().start(nursery)
+        proxy: Any = await Socks().start(nursery)
+        report = await checked(url(server.port), around(), proxies=parse_proxy(f"socks5h://127.0.0.1:{proxy.port}"))
+        assert report.ok, report.as_json()
+        assert [step.step for step in report.steps][2:5] == ["tcp", "proxy", "tls"]
+        assert named(report, "proxy").evidence["proxy"] == f"socks5h://127.0.0.1:{proxy.port}"
+
+    @pytest.mark.parametrize(
+        ("answers", "text"),
+        [
+            ((b"\x05\xff",), "it wants user and password"),
+            ((b"\x05\x00", b"\x05\x05\x00\x01\x00\x00\x00\x00\x00\x00"), "says that the connection was refused"),
+            ((b"HTTP/1.1 400 Bad Request\r\n\r\n",), "something that is not SOCKS5"),
+            ((b"",), "closed the connection without an answer"),
+        ],
+    )
+    async def test_socks_that_refuses(
+        self, nursery: trio.Nursery, around: Any, answers: tuple[bytes, ...], text: str
+    ) -> None:
+        proxy: Any = await SocksProxy(*answers).start(nursery)
+        step = failure(await checked(url(9), around(), proxies=parse_proxy(f"socks5h://127.0.0.1:{proxy.port}")))
+        assert (step.step, step.next) == ("proxy", advice.PROXY_ANSWER)
+        assert text in step.text
+
+    async def test_socks_whose_names_are_resolved_here(
+        self, nursery: trio.Nursery, around: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def resolve(*_: Any, **__: Any) -> list[Any]:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        proxy: Any = await SocksProxy().start(nursery)
+        monkeypatch.setattr("wstunnel.proxy_tunnel.socket.getaddrinfo", resolve)
+        where = url(9, host="tunnel.test")
+        around = around(resolve=resolving("127.0.0.1"))
+        step = failure(await checked(where, around, proxies=parse_proxy(f"socks5://127.0.0.1:{proxy.port}")))
+        assert (step.step, step.next) == ("proxy", advice.PROXY_NAMES)
 
 
 class TestTunnel:
@@ -593,7 +709,7 @@ class TestTunnel:
         await link.silence(0.05)
         assert link.disturbed
         await link.close()
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await over.wait()
         assert answers == [7, 8]
         await stream.aclose()
@@ -702,13 +818,16 @@ class PathLink:
     def __init__(self, path: Way) -> None:
         self.path = path
         self.disturbed = False
-        self.last = self.born = trio.current_time()
+        self.last = trio.current_time()
+        self.end = self.last + path.life
         self.closed = False
 
     def _gone_at(self) -> float:
-        return min(self.last + self.path.timeout, self.born + self.path.life)
+        return min(self.last + self.path.timeout, self.end)
 
     async def silence(self, seconds: float) -> None:
+        if seconds == self.path.doomed:
+            self.end = trio.current_time() + 1.3
         self.disturbed = self.path.noise < seconds
         end = trio.current_time() + seconds
         if self.path.says_so and self._gone_at() < end:
@@ -740,6 +859,7 @@ class Way:
         granted: seconds for which the server keeps quiet.
         noise: seconds after which the server is heard all the same.
         failing: dials that fail from this one on.
+        doomed: the link that is to be silent for so long goes early, for a reason of its own.
     """
 
     def __init__(
@@ -751,9 +871,11 @@ class Way:
         granted: int = 3600,
         noise: float = float("inf"),
         failing: float = float("inf"),
+        doomed: float | None = None,
     ) -> None:
         self.timeout, self.says_so, self.life = timeout, says_so, life
         self.granted, self.noise, self.failing = granted, noise, failing
+        self.doomed = doomed
         self.asked: list[int] = []
         self.links: list[PathLink] = []
 
@@ -765,10 +887,14 @@ class Way:
         self.links.append(PathLink(self))
         return self.links[-1], min(quiet, self.granted)
 
-    async def measure(self, longest: float) -> dict[str, Step]:
-        steps = {step.step: step for step in await Idle(self.connect, longest).run()}
+    async def measure(self, longest: float, *, within: float = math.inf) -> dict[str, Step]:
+        idle = Idle(self.connect, longest)
+        with trio.move_on_after(within):
+            await idle.run()
         assert all(link.closed for link in self.links)
-        return steps
+        steps = idle.steps()
+        assert all(members(step.evidence) <= documented()[step.step] for step in steps)
+        return {step.step: step for step in steps}
 
 
 class TestIdle:
@@ -804,7 +930,8 @@ class TestIdle:
         assert step.ok is enough
         assert f"keepalive of 13 s is {'enough' if enough else 'not enough'}" in step.text
         assert (step.next is None) is enough
-        assert trio.current_time() - began <= most + limits.PONG_WITHIN_SECONDS + 1, "no longer than it takes"
+        asked = 1 if says_so else 2 * limits.PONG_WITHIN_SECONDS  # another one is asked, too
+        assert trio.current_time() - began <= (timeout if says_so else most) + asked + 1, "no longer than it takes"
         if timeout > 13.5:
             assert steps["keepalive"].ok
 
@@ -848,7 +975,7 @@ class TestIdle:
     async def test_noise_all_the_same(self, autojump_clock: MockClock) -> None:
         step = (await Way(noise=15).measure(20))["idle"]
         assert step.evidence["at_least"] == 14
-        assert "not all could be made" in step.text
+        assert "since not all of them could be made and left silent" in step.text
 
     async def test_links_that_cannot_be_made(self, autojump_clock: MockClock) -> None:
         step = (await Way(failing=1).measure(20))["idle"]
@@ -856,6 +983,38 @@ class TestIdle:
         assert step.text == "nothing could be measured: connection refused"
         with pytest.raises(WstunnelError):
             await Way(failing=0).measure(20)
+
+    @pytest.mark.parametrize("says_so", [True, False])
+    @pytest.mark.parametrize("doomed", [2, 20, 30])
+    async def test_one_that_ends_for_a_reason_of_its_own(
+        self, autojump_clock: MockClock, doomed: float, says_so: bool
+    ) -> None:
+        """The next one is asked at once, and lives: so it was not silence. It counts for as long as it was silent."""
+        step = (await Way(doomed=doomed, says_so=says_so).measure(60))["idle"]
+        assert step.ok, step.text
+        assert (step.evidence["at_least"], step.evidence["at_most"]) == (60, None)
+        (problem,) = step.evidence["problems"]
+        assert "and one that was silent for longer lived" in problem
+
+    @pytest.mark.parametrize("says_so", [True, False])
+    async def test_one_that_ends_early_does_not_hide_the_timeout(
+        self, autojump_clock: MockClock, says_so: bool
+    ) -> None:
+        evidence = (await Way(40, doomed=14, says_so=says_so).measure(180))["idle"].evidence
+        least, most = (30, 40) if says_so else (24, 45)  # the next one was asked early
+        assert evidence["at_least"] == pytest.approx(least, abs=0.1)
+        assert evidence["at_most"] == pytest.approx(most, abs=0.1)
+
+    async def test_interrupted(self, autojump_clock: MockClock) -> None:
+        """What is known by then is told."""
+        steps = await Way().measure(3600, within=31)
+        assert list(steps) == ["keepalive", "idle"]
+        assert steps["idle"].ok
+        assert steps["idle"].evidence["at_least"] == 30
+        assert "longer silences could not be measured, since it was interrupted" in steps["idle"].text
+        assert await Way().measure(3600, within=1) == {}
+        step = (await Way(5.5, says_so=False).measure(60, within=21))["idle"]
+        assert (step.evidence["at_least"], step.evidence["at_most"]) == (5, 10)
 
     async def test_in_a_whole_check(self, nursery: trio.Nursery, around: Any) -> None:
         granting = Welcome(version=1, server=SERVER_ID, boot=BOOT_ID, quiet=100, features=list(FEATURES))
@@ -895,11 +1054,14 @@ class TestIdle:
         assert bounds([]) == (0, None)
         assert bounds(lived) == (5, None)
         assert bounds([*lived, dead, Silence(30, False, ended=7.0)]) == (5, Silence(30, False, ended=7.0))
-        assert bounds([Silence(2, False), Silence(5, True)])[0] == 0
+        assert bounds([*lived, Silence(4, False), Silence(3, False)]) == (5, None), "another lived longer"
         assert is_settled(lived, set())
         assert not is_settled(lived, {10})
-        assert not is_settled([dead], {5})
-        assert is_settled([dead], {20})
+        other = Silence(14, False)
+        assert not is_settled([dead, other], {5})
+        assert is_settled([dead, other], {20})
+        assert not is_settled([dead], {20}), "one alone may have ended for another reason"
+        assert is_settled([dead], set())
 
 
 class TestReport:

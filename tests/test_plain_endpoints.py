@@ -62,6 +62,7 @@ def test_an_endpoint_that_is_too_long() -> None:
         ("http://app.example.org:80/", "http://app.example.org"),
         ("http://app.example.org:443", "http://app.example.org:443"),
         ("http://localhost:3000", "http://localhost:3000"),
+        ("http://127.0.0.1:3000", "http://127.0.0.1:3000"),
         ("http://[0:0::1]", "http://[::1]"),
         ("http://[::1]:8080/", "http://[::1]:8080"),
         ("https://bücher.example", "https://xn--bcher-kva.example"),
@@ -90,6 +91,9 @@ def test_origins(text: str, origin: str) -> None:
         ("https://a.example:", 18, "the port is missing"),
         ("https://a.example:70000", 18, "a port is a number from 1 to 65535"),
         ("https://[::1", 8, "the bracket is not closed"),
+        ("http://127.1:80", 7, "browsers write such an address as four numbers: 127.0.0.1"),
+        ("http://010.0.0.1", 7, "browsers write such an address as four numbers: 127.0.0.1"),
+        ("http://a.0x7F", 7, "browsers write such an address as four numbers: 127.0.0.1"),
     ],
 )
 def test_what_is_no_origin(text: str, position: int, message: str) -> None:

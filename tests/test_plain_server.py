@@ -226,9 +226,7 @@ async def test_a_dial_has_its_own_time(
 
     monkeypatch.setattr(module, "dial_target", dial)
     async with serving(tmp_path, **ends("/e=10.0.0.5:1")) as server:
-        stream = await trio.open_tcp_stream("127.0.0.1", server.port)
-        key = base64.b64encode(bytes(16)).decode()
-        await stream.send_all(REQUEST.format(path="/e", key=key, fields=f"{bearer(server)}\r\n").encode())
+        stream = await ask(server, "/e")
         assert (await stream.receive_some(1000)).startswith(b"HTTP/1.1 504 ")
         await stream.aclose()
 
@@ -245,9 +243,7 @@ async def test_a_client_that_goes_while_its_target_is_dialled(tmp_path: Path, mo
 
     monkeypatch.setattr(module, "dial_target", dial)
     async with serving(tmp_path, **ends("/e=10.0.0.5:1")) as server:
-        stream = await trio.open_tcp_stream("127.0.0.1", server.port)
-        key = base64.b64encode(bytes(16)).decode()
-        await stream.send_all(REQUEST.format(path="/e", key=key, fields=f"{bearer(server)}\r\n").encode())
+        stream = await ask(server, "/e")
         await dialling.wait()
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await stream.aclose()
@@ -257,6 +253,76 @@ async def test_a_client_that_goes_while_its_target_is_dialled(tmp_path: Path, mo
         (principal,) = server.server._principals.values()
         await until(lambda: (principal.links, principal.streams) == (0, 0))
     far.close()
+
+
+async def ask(server: RunningServer, path: str) -> trio.SocketStream:
+    """A request with a token, whose answer is not awaited."""
+    stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+    key = base64.b64encode(bytes(16)).decode()
+    await stream.send_all(REQUEST.format(path=path, key=key, fields=f"{bearer(server)}\r\n").encode())
+    return stream
+
+
+class Dials:
+    """Stands in place of `dial_target`: each waits to be told how it ends."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.go_on = trio.Event()
+        self.cancelled = 0
+
+    async def __call__(self, *_: object, **__: object) -> Any:
+        self.begun += 1
+        try:
+            await self.go_on.wait()
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+        raise StreamError("refused", "connection refused")
+
+
+async def test_strangers_do_not_cut_the_dials_of_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's dial is no handshake any more; its refusal, which lingers, is one again."""
+    monkeypatch.setattr(limits, "HANDSHAKES", 2)
+    dials = Dials()
+    monkeypatch.setattr(module, "dial_target", dials)
+    async with serving(tmp_path, **ends("/e=10.0.0.5:1")) as server:
+        users = [await ask(server, "/e") for _ in range(4)]
+        await until(lambda: dials.begun == 4)
+        strangers = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(4)]
+        for stranger in strangers[:2]:
+            with trio.fail_after(20):
+                assert await stranger.receive_some(1) == b"", "the oldest strangers go"
+        assert dials.cancelled == 0
+        assert len(server.server._handshakes) == 2
+        dials.go_on.set()
+        answers = []
+        for user in users:
+            with trio.fail_after(20):
+                answers.append(await user.receive_some(1000))
+        assert all(answer.startswith(b"HTTP/1.1 502 ") for answer in answers)
+        for stranger in strangers[2:]:
+            with trio.fail_after(20):
+                assert await stranger.receive_some(1) == b"", "refusals that linger take their places"
+        assert len(server.server._handshakes) <= 2
+        for stream in (*users, *strangers):
+            await stream.aclose()
+        await until(lambda: not server.server._handshakes)
+
+
+async def test_shutdown_while_dialling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dials = Dials()
+    monkeypatch.setattr(module, "dial_target", dials)
+    async with serving(tmp_path, **ends("/e=10.0.0.5:1")) as server:
+        user = await ask(server, "/e")
+        await until(lambda: dials.begun == 1)
+        server.server.stop()
+        await until(lambda: dials.cancelled == 1)
+        with trio.fail_after(20):
+            assert (await user.receive_some(1000)).startswith(b"HTTP/1.1 503 ")
+        (principal,) = server.server._principals.values()
+        assert (principal.links, principal.streams) == (0, 0)
+        await user.aclose()
 
 
 async def test_limits_of_a_principal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +372,7 @@ async def test_shutdown(tmp_path: Path) -> None:
                 assert (opcode, parse_close(payload)) == (Opcode.CLOSE, (1001, "the server is stopping"))
                 assert not server.server.gone.is_set()
                 await visitor.stream.send_all(encode_frame(Opcode.CLOSE, payload, key=MASK))
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 await server.server.gone.wait()
         await until(lambda: there.resets == 1)
 

@@ -177,7 +177,7 @@ class TestConnection:
     @pytest.mark.parametrize("code", [1001, 1011, 4000])
     def test_the_server_closes_for_another_reason(self, joined: Joined, code: int) -> None:
         joined.send(data(b"not all"), encode_close(code, "why"))
-        assert joined.application_sees == "reset"
+        assert (joined.at_application, joined.application_sees) == (b"not all", "reset")
         assert joined.closed == (code, ""), "answered all the same"
         assert joined.connection.outcome == ("reset", f"closed by the server: {code} why")
         joined.server.close()
@@ -188,7 +188,7 @@ class TestConnection:
         joined.server.close()
         joined.settle()
         assert joined.application_sees == "reset"
-        assert joined.connection.outcome == ("reset", "connection closed without a close frame")
+        assert joined.connection.outcome == ("lost", "connection closed without a close frame")
         assert joined.over
 
     def test_the_server_masks(self, joined: Joined) -> None:
@@ -418,8 +418,8 @@ class TestAccepted:
         assert joined.application_sees == "reset"
 
 
-async def test_the_request(nursery: trio.Nursery) -> None:
-    """`binary` is offered, and a token goes along only if there is one."""
+async def test_the_request(nursery: trio.Nursery, lines: LogLines) -> None:
+    """`binary` is offered; a token goes along only if there is one, else what other programs want instead."""
     heads: list[str] = []
 
     async def answer(stream: trio.SocketStream) -> None:
@@ -427,14 +427,20 @@ async def test_the_request(nursery: trio.Nursery) -> None:
         while b"\r\n\r\n" not in head:
             head += await stream.receive_some()
         heads.append(head.decode())
+        await stream.send_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
 
     async with targets() as made:
         port = await made.listen(answer)
-        for token in (None, Token.new()):
-            where = LoginUrl("ws", "127.0.0.1", port, "/x", token)
-            async with connecting(where, "0:ws-raw") as client:
+        basic = ("Authorization", "Basic YW5uOmh1bnRlcjIy")
+        for token, query, headers in ((None, "token=hunter22", (basic,)), (Token.new(), "", ())):
+            where = LoginUrl("ws", "127.0.0.1", port, "/x", token, query=query)
+            async with connecting(where, "0:ws-raw", headers=headers) as client:
                 with pytest.raises(trio.BrokenResourceError):
                     await exchange(client.ports[0])
+            assert heads[-1].startswith(f"GET /x{query and '?'}{query} HTTP/1.1\r\n")
             assert "Sec-WebSocket-Protocol: binary\r\n" in heads[-1]
-            assert ("Authorization: " in heads[-1]) == (token is not None)
-            assert token is None or f"Authorization: Bearer {token.reveal()}\r\n" in heads[-1]
+            (sent,) = [line for line in heads[-1].splitlines() if line.startswith("Authorization")]
+            assert sent == f"Authorization: {basic[1] if token is None else f'Bearer {token.reveal()}'}"
+            assert token is None or not any(token.reveal() in line for line in lines.all())
+    assert "'/x'" in lines("connection reset: the endpoint was not reached", "raw")[0]["reason"]
+    assert not any("hunter22" in line or basic[1] in line for line in lines.all())

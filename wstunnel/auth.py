@@ -45,8 +45,9 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 _USER_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _USER_LINE: Final = re.compile(r"sha256:([0-9A-Fa-f]{64})(?:\s.*)?")
 _LABEL: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
-# RFC 3986 §3.3: pchar and "/".
+# RFC 3986 §3.3 and §3.4: pchar and "/", in a query "?" as well.
 _PATH: Final = re.compile(r"/(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*")
+_QUERY: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*")
 _SECRET_LOOKING: Final = re.compile(r"[\w+=-]{24,}")
 
 _log = logs.logger("auth")
@@ -110,6 +111,8 @@ class LoginUrl:
         path: begins with `/`; without query.
         token: `None` where the URL has none.
         pins: SHA-256 digests (32 bytes each) of public keys; with any, the pins alone decide whom to trust.
+        query: of an endpoint of another program, as it goes out behind `?`; a URL with a token has none. websockify
+            takes its own tokens there, so it is not shown.
     """
 
     scheme: Literal["wss", "ws"]
@@ -118,6 +121,7 @@ class LoginUrl:
     path: str = "/"
     token: Token | None = None
     pins: tuple[bytes, ...] = ()
+    query: str = ""
 
     @property
     def authority(self) -> str:
@@ -127,7 +131,12 @@ class LoginUrl:
 
     def reveal(self) -> str:
         """The whole URL, with the token. `parse_login_url` of it gives this value again."""
-        return self._text("" if self.token is None else self.token.reveal() + "@")
+        return self._text("" if self.token is None else self.token.reveal() + "@", self.query)
+
+    @property
+    def resource(self) -> str:
+        """What is asked for: the path, and the query if there is one."""
+        return f"{self.path}?{self.query}" if self.query else self.path
 
     def require_token(self) -> Token:
         """The token, for callers that cannot do without.
@@ -147,14 +156,15 @@ class LoginUrl:
         return self.token
 
     def __str__(self) -> str:
-        return self._text("" if self.token is None else "***@")
+        return self._text("" if self.token is None else "***@", "***" if self.query else "")
 
     def __repr__(self) -> str:
         return f"LoginUrl({str(self)!r})"
 
-    def _text(self, user: str) -> str:
+    def _text(self, user: str, query: str) -> str:
         pins = "&".join("sha256=" + _base64url(pin) for pin in self.pins)
-        return f"{self.scheme}://{user}{self.authority}{self.path}" + (f"#{pins}" if pins else "")
+        behind = (f"?{query}" if query else "") + (f"#{pins}" if pins else "")
+        return f"{self.scheme}://{user}{self.authority}{self.path}{behind}"
 
 
 def parse_login_url(text: str) -> LoginUrl:
@@ -196,17 +206,20 @@ def _login_url(text: str) -> LoginUrl:
         host, port = parse_host_port(text[host_at:path_at])
     except UsageError as error:
         raise UsageError(error.message, position=host_at + error.position) from None
-    path = before[path_at:] or "/"
-    if "?" in path:
-        raise UsageError("a login URL has no query", position=path_at + path.index("?"))
-    matched = _PATH.match(path)
-    if matched is None or matched.end() != len(path):
-        wrong = 0 if matched is None else matched.end()
-        raise UsageError("this character may not stand in a path: write it as %XX", position=path_at + wrong)
+    path, question, query = before[path_at:].partition("?")
+    query_at = path_at + len(path) + len(question)
+    if question and token is not None:
+        raise UsageError("a login URL has no query", position=query_at - 1)
+    path = path or "/"
+    for name, text_of, grammar, begin in (("path", path, _PATH, path_at), ("query", query, _QUERY, query_at)):
+        matched = grammar.match(text_of)
+        if matched is None or matched.end() != len(text_of):
+            wrong = 0 if matched is None else matched.end()
+            raise UsageError(f"this character may not stand in a {name}: write it as %XX", position=begin + wrong)
     pins = () if hash_at < 0 else _pins(text, hash_at + 1)
     if pins and scheme == "ws":
         raise UsageError("a ws:// URL has no certificate to pin: use wss://, or leave the # part out", position=hash_at)
-    return LoginUrl(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, path, token, pins)
+    return LoginUrl(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, path, token, pins, query)
 
 
 def _scheme(text: str) -> tuple[Literal["wss", "ws"], int]:

@@ -6,6 +6,7 @@ every dial of the client does, and is watched; then a link is greeted, pinged, a
 
 from __future__ import annotations
 
+import base64
 import functools
 import secrets
 import socket
@@ -68,8 +69,8 @@ def secrets_of(config: ClientConfig, url: LoginUrl) -> tuple[str, ...]:
     """Texts of a configuration that must not be shown, the longest first."""
     proxy = None if config.proxies is None else config.proxies.choose(url)
     found = {value for name, value in config.headers if name.lower() not in ("host", "user-agent")}
-    if proxy is not None:
-        found.add(proxy.password)
+    if proxy is not None and proxy.user is not None:
+        found |= {proxy.password, base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode("ascii")}
     kept = [text for text in found if len(text) >= SECRET_CHARACTERS]
     if url.token is not None:
         kept.append(url.token.reveal())
@@ -143,6 +144,9 @@ class Check:
         began = trio.current_time()
         resolver = f"system{_nameservers(self._around.resolver_file)}"
         evidence: dict[str, Any] = {"host": host, "resolver": resolver}
+        whose, then = ("", advice.NAME) if self._proxy is None else (", the proxy", advice.PROXY_REACH)
+        if (version := self._config.ip_version) is not None:
+            then = f"-{version} takes IPv{version} addresses only: leave it out. Else {then}"
         addresses = None
         with trio.move_on_after(limits.DIAL_SECONDS):
             try:
@@ -151,19 +155,19 @@ class Check:
                 )
             except NetworkError as error:
                 reason = str(error).removeprefix(f"cannot connect to {join_host_port(host, port)}: ")
-                self._fail("name", f"{host}: {reason} (resolver: {resolver})", evidence, advice.NAME)
+                self._fail("name", f"{host}{whose}: {reason} (resolver: {resolver})", evidence, then)
         if addresses is None:
-            text = f"{host}: no answer from the resolver within {limits.DIAL_SECONDS:.0f} s (resolver: {resolver})"
-            self._fail("name", text, evidence, advice.NAME)
+            text = f"no answer from the resolver within {limits.DIAL_SECONDS:.0f} s (resolver: {resolver})"
+            self._fail("name", f"{host}{whose}: {text}", evidence, then)
         seconds = trio.current_time() - began
         found = [str(address.sockaddr[0]) for address in addresses]
         if address_family(host) is not None:
             self._add("name", True, f"{host} is an address", {"host": host, "resolver": None, "addresses": found})
             return addresses
         evidence |= {"addresses": found, "seconds": round(seconds, 6)}
-        whose = "" if self._proxy is None else ", the proxy,"
         shown = _shortened(found)
-        self._add("name", True, f"{host}{whose} is {shown} ({duration(seconds)}; resolver: {resolver})", evidence)
+        subject = f"{host}{whose}," if whose else host
+        self._add("name", True, f"{subject} is {shown} ({duration(seconds)}; resolver: {resolver})", evidence)
         return addresses[:ADDRESSES]
 
     def _routes(self, addresses: list[Address]) -> None:
@@ -255,10 +259,8 @@ class Check:
         text = str(error)
         if self._proxy is not None and seen.opened_at is None:
             evidence = {"proxy": str(self._proxy), "why": self._why}
-            then = advice.TRUST if isinstance(error, TrustError) else advice.PROXY_ANSWER
-            if isinstance(error, NetworkError) and error.layer == "name":
-                then = advice.NAME
-            self._fail("proxy", f"{text} (the proxy is {self._proxy}, from {self._why})", evidence, then)
+            where = f"(the proxy is {self._proxy}, from {self._why})"
+            self._fail("proxy", f"{text} {where}", evidence, advice.proxy(error))
         self._passed(seen, error)
         layer = error.layer if isinstance(error, NetworkError) else "http"
         if layer == "tls":
@@ -274,12 +276,12 @@ class Check:
             evidence = http_evidence(answer)
             self._add("http", True, f"answered {_status(evidence)}", evidence)
             self._fail("authentication", text, evidence, advice.REFUSED)
-        if isinstance(error, ServerRefusedError) and answer is not None and answer.status == 403:
-            self._report.refused = True
         evidence = {} if answer is None else http_evidence(answer)
         shown = f" ({_status(evidence)})" if evidence and (evidence.keys() & {"server", "via"}) else ""
-        version = isinstance(error, ServerRefusedError) and answer is not None and answer.status == 400
-        self._fail("http", text + shown, evidence, advice.VERSION if version else advice.http(answer, self._url))
+        refused = answer.status if isinstance(error, ServerRefusedError) and answer is not None else None
+        self._report.refused = refused in (400, 403)
+        then = advice.VERSION if refused == 400 else advice.http(answer, self._url)
+        self._fail("http", text + shown, evidence, then)
 
     def _passed(self, seen: Seen, error: WstunnelError | None) -> None:
         """Report what a dial has behind it."""
@@ -360,12 +362,14 @@ class Check:
                 raise
             return link, granted
 
+        measurement = Idle(connect, longest)
         try:
-            steps = await Idle(connect, longest).run()
+            await measurement.run()
         except WstunnelError as error:
             self._fail("idle", str(error), {}, advice.AGAIN)
-        for step in steps:
-            self._report.add(step)
+        finally:  # also when it is cancelled: who interrupts it after an hour wants to know
+            for step in measurement.steps():
+                self._report.add(step)
 
 
 def _status(evidence: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from wstunnel.errors import TrustError
+from wstunnel.errors import NetworkError, TrustError
 
 if TYPE_CHECKING:
     from wstunnel.auth import LoginUrl
@@ -24,8 +24,13 @@ TCP_SILENT: Final = (
 TCP_SOME: Final = "addresses that do not answer make each connection slower: mend them, or use -4 or -6"
 PROXY_REACH: Final = "check host and port of the proxy; `--proxy none` goes without it"
 PROXY_ANSWER: Final = (
-    "many proxies allow port 443 only: run the server there. Else ask the proxy's operator; `--proxy none` goes "
-    "without it"
+    "check scheme, host, port, user and password of the proxy's URL, and that the server runs on a port that the proxy "
+    "lets through: many only 443. Its operator knows more; `--proxy none` goes without it"
+)
+PROXY_NAMES: Final = "write socks5h:// in the proxy's URL: then the proxy resolves the server's name"
+PROXY_TRUST: Final = (
+    "a proxy is known by its certificate, and a pin is the server's only: name the authority that issued the proxy's "
+    "with --ca, and check that its host in the URL is the name in the certificate"
 )
 PLAIN: Final = "ws:// is not encrypted: everybody on the way can read the token and all data; use wss://"
 PIN_WRONG: Final = (
@@ -41,9 +46,9 @@ TLS_OTHER: Final = (
     "check the port, and whether the URL should begin with ws://. If both are right something on the way does not let "
     "TLS through: give the network's proxy with --proxy, or ask its operator"
 )
-SILENT_HTTP: Final = (
-    "something accepted the connection and does not answer: another service has the port, or a firewall swallows what "
-    "it does not know. Check the URL, and use wss:// on port 443"
+NO_HTTP: Final = (
+    "something accepted the connection, and what it answers, if anything, is no HTTP: another service has the port, or "
+    "a firewall swallows what it does not know. Check the URL, and use wss:// on port 443"
 )
 AGAIN: Final = "the same worked a moment ago: try again, and if it comes and goes look for what limits connections"
 REFUSED: Final = "take a new login URL from `wstunnel invite` on the server, then `wstunnel login`"
@@ -56,6 +61,10 @@ _STRIPPED: Final = (
     "a proxy on the way took the upgrade out of the request: in front of the server it must speak HTTP/1.1 and pass "
     "Upgrade and Connection on (nginx: proxy_http_version, proxy_set_header); in the client's network wss:// hides the "
     "request from it"
+)
+_ALTERED: Final = (
+    "the path in the URL may be a plain endpoint's, or another program's. Else a proxy on the way alters the answer: "
+    "in front of the server it must pass it on as it is; in the client's network wss:// hides the answer from it"
 )
 _UNREACHED: Final = "the proxy in front of the server could not reach it: see that the server runs where it leads to"
 _PAGE: Final = (
@@ -84,13 +93,21 @@ def tls(error: WstunnelError, *, pinned: bool) -> str:
     return PIN_WRONG if pinned else TRUST
 
 
+def proxy(error: WstunnelError) -> str:
+    """After a proxy that was connected to did not open the way."""
+    if isinstance(error, TrustError):
+        return PROXY_TRUST
+    by_us = isinstance(error, NetworkError) and error.layer == "name"
+    return PROXY_NAMES if by_us else PROXY_ANSWER
+
+
 def http(response: Response | None, url: LoginUrl) -> str:
     """After an answer that is no upgrade, or none at all."""
     if response is None:
-        return SILENT_HTTP
+        return NO_HTTP
     status = response.status
     if status == 101:
-        return _STRIPPED
+        return _ALTERED
     if 300 <= status < 400:
         return (
             "the server sends clients elsewhere. If that is a log-in page of the network, log in with a browser; if it "

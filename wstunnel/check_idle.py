@@ -4,7 +4,8 @@
     keepalive|---- 13 s ---- ping ---- 13 s ---- ping ...                 as `wstunnel client` does it
     lively   | ping 1 s ping 1 s ping ...                                 dies only if it is not silence that kills
 
-So it takes as long as the longest silence, and less if the path is found to close connections before that.
+So it takes as long as the longest silence, and less if the path is found to close connections before that: which two
+of them say, since one may end for a reason of its own. The next one is asked at once for that.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ SILENCES: Final = (
 )  # fmt: skip
 """Seconds that are tried: the timeouts that proxies and NATs have by default, and one just above our keepalive."""
 LIVELY_SECONDS: Final = 1.0
+OTHERS_SECONDS: Final = 2.0
+"""When the path closed one connection, the others that are silent for as long go within this: they began together."""
 GRACE_SECONDS: Final = 30
 """Asked of the server beyond the longest silence, for the ping after it."""
 
@@ -60,21 +63,31 @@ def silences(longest: float) -> list[float]:
     return [*(float(seconds) for seconds in SILENCES if seconds < longest), float(longest)]
 
 
+def is_contradicted(dead: Silence, found: list[Silence]) -> bool:
+    """Whether another connection lived for longer: then it was not silence that ended this one."""
+    return any(each.lived and each.seconds > dead.at_most for each in found)
+
+
 def bounds(found: list[Silence]) -> tuple[float, Silence | None]:
     """What the path's idle timeout is between: the longest silence that lived, and the first one that did not."""
-    dead = min((each for each in found if not each.lived), key=lambda each: each.at_most, default=None)
+    dead = min(
+        (each for each in found if not each.lived and not is_contradicted(each, found)),
+        key=lambda each: each.at_most,
+        default=None,
+    )
     lived = [each.seconds for each in found if each.lived and (dead is None or each.seconds <= dead.at_most)]
     return max(lived, default=0.0), dead
 
 
 def is_settled(found: list[Silence], waiting: set[float]) -> bool:
-    """Whether what still waits cannot change `bounds`."""
+    """Whether what still waits cannot change `bounds`; one that did not live is not believed as long as others wait."""
     _, dead = bounds(found)
-    return not waiting or (dead is not None and min(waiting) >= dead.at_most)
+    agreed = sum(not each.lived and not is_contradicted(each, found) for each in found) > 1
+    return not waiting or (dead is not None and agreed and min(waiting) >= dead.at_most)
 
 
 class Idle:
-    """One measurement, as long as `longest` and PONG_WITHIN_SECONDS at most. Its steps are made by `run`.
+    """One measurement, as long as `longest` and PONG_WITHIN_SECONDS at most: `run` it, then ask for its `steps`.
 
     Args:
         connect: makes links.
@@ -87,13 +100,15 @@ class Idle:
         self._found: list[Silence] = []
         self._problems: list[str] = []
         self._waiting: set[float] = set()
+        self._asleep: dict[float, trio.CancelScope] = {}  # of those, the links that say nothing now
         self._granted = float(longest)
         self._kept: tuple[float, str | None] | None = None
         self._settled = trio.Event()
         self._lively_ended: str | None = None
+        self._complete = False
 
-    async def run(self) -> list[Step]:
-        """Measure. Returns the steps `keepalive` (if there was the time for one) and `idle`.
+    async def run(self) -> None:
+        """Measure. When it is cancelled, `steps` has what was found until then.
 
         Raises:
             WstunnelError: not even the first link could be made.
@@ -110,8 +125,14 @@ class Idle:
                 await self._settled.wait()
                 nursery.cancel_scope.cancel()
             await self._ask_at_the_end(lively)
+            self._complete = True
         finally:
             await lively.close()
+
+    def steps(self) -> list[Step]:
+        """`keepalive` (if there was the time for one) and `idle`; none if nothing was found before it ended early."""
+        if not self._complete and not self._found:
+            return []
         steps = [self._idle_step()]
         if self._kept is not None:
             steps.insert(0, self._keepalive_step(*self._kept))
@@ -161,9 +182,19 @@ class Idle:
                 self._found.append(found)
             if is_settled(self._found, self._waiting):
                 self._settled.set()
+        if found is not None and not found.lived:
+            await self._doubt(found)
 
-    async def _silence(self, seconds: float) -> Silence | None:
+    async def _doubt(self, dead: Silence) -> None:
+        """Ask the next link at once: if it lives, silence was not the reason."""
+        if dead.ended is not None:
+            await trio.sleep(OTHERS_SECONDS)
+        if self._asleep:
+            self._asleep[min(self._asleep)].cancel()
+
+    async def _silence(self, wanted: float) -> Silence | None:
         """None if the link could not be made, or did not stay silent."""
+        seconds = wanted
         try:
             link, _ = await self._connect(int(self._longest) + GRACE_SECONDS)
         except WstunnelError as error:
@@ -171,7 +202,10 @@ class Idle:
             return None
         began = trio.current_time()
         try:
-            await link.silence(seconds)
+            with trio.CancelScope() as self._asleep[wanted]:
+                await link.silence(wanted)
+            if self._asleep.pop(wanted).cancelled_caught:
+                seconds = trio.current_time() - began
             if link.disturbed:
                 return None
             await link.ping()
@@ -183,6 +217,7 @@ class Idle:
         except NetworkError as error:
             return Silence(seconds, lived=False, how=str(error))
         finally:
+            self._asleep.pop(wanted, None)
             await link.close()
 
     # --- what it means ------------------------------------------------------------------------------------------------
@@ -198,6 +233,10 @@ class Idle:
 
     def _idle_step(self) -> Step:
         at_least, dead = bounds(self._found)
+        for each in self._found:
+            if not each.lived and is_contradicted(each, self._found):
+                text = f"a connection ended after {duration(each.at_most)}, and one that was silent for longer lived"
+                self._problems.append(f"{text}: {each.how}")
         evidence: dict[str, Any] = {
             "at_least": at_least,
             "at_most": None if dead is None else round(dead.at_most, 1),
@@ -233,7 +272,11 @@ class Idle:
     def _no_limit(self, at_least: float, evidence: dict[str, Any]) -> Step:
         text = f"silent connections lived for {duration(at_least)}: the path has no idle timeout up to there"
         if at_least < self._longest:
-            why = "the server pings by itself after that" if self._granted <= self._longest else "not all could be made"
+            why = "not all of them could be made and left silent"
+            if not self._complete:
+                why = "it was interrupted"
+            elif self._granted <= self._longest:
+                why = "the server pings by itself after that"
             return Step("idle", True, f"{text}; longer silences could not be measured, since {why}", evidence)
         return Step("idle", True, text, evidence)
 

@@ -120,7 +120,7 @@ class ServerDialler:
         authorization = () if self._token is None else (("Authorization", f"Bearer {self._token.reveal()}"),)
         upgrade = ClientUpgrade(
             host=url.authority,
-            path=url.path,
+            path=url.resource,
             key=os.urandom(16),
             subprotocol=plain.SUBPROTOCOL if self._endpoint else SUBPROTOCOL,
             headers=(*authorization, *self._headers),

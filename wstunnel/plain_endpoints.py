@@ -19,13 +19,23 @@ from dataclasses import dataclass
 
 from wstunnel.errors import UsageError
 from wstunnel.targets import GRAMMAR as TARGET_GRAMMAR
-from wstunnel.targets import Part, Target, join_host_port, parse_host, parse_port, parse_target, split_host_port
+from wstunnel.targets import (
+    Part,
+    Target,
+    address_family,
+    join_host_port,
+    parse_host,
+    parse_port,
+    parse_target,
+    split_host_port,
+)
 
 GRAMMAR = "/PATH=[tcp:]HOST:PORT or /PATH=unix:/SOCKET, as in /db=tcp:127.0.0.1:5432"
 ORIGIN_GRAMMAR = "SCHEME://HOST[:PORT] as a browser sends it, without a path: https://app.example.org"
 
 _NOT_IN_A_PATH = re.compile(r"[^!$-;=@-Z_a-z~]|%(?![0-9A-Fa-f]{2})")  # RFC 3986 §3.3: pchar and "/"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")  # RFC 3986 §3.1
+_NUMERIC = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?")  # URL Standard, "ends in a number": IPv4, or nothing
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -93,6 +103,8 @@ def parse_origin(text: str) -> str:
         raise rest.error("an origin has no path: what follows the host and the port goes", end.start())
     host, port = split_host_port(rest.cut(0, end.start()))
     name = parse_host(host)
+    if _NUMERIC.fullmatch(name) and address_family(name) is None:
+        raise host.error("browsers write such an address as four numbers: 127.0.0.1")
     number = None if port is None else parse_port(port)
     kind = scheme[0].lower()
     if number is None or number == _DEFAULT_PORTS.get(kind):

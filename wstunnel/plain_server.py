@@ -16,10 +16,13 @@ from wstunnel.dial import dial_target
 from wstunnel.endpoints.plain import PlainConnection
 from wstunnel.errors import HandshakeError, LocalError, StreamError
 from wstunnel.policy import Policy
+from wstunnel.wire.frames import CloseCode
 from wstunnel.wire.handshake import accept_response
 from wstunnel.wire.plain import accept_plain, offered_token
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from wstunnel.auth import Users
     from wstunnel.config import ServerConfig
     from wstunnel.egress import Egress
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 ANYONE = "(anyone)"
 """The principal of clients that are not asked who they are: no user can have this name."""
 
+STOPPING = "the server is stopping"
 _STATUS = {"timeout": 504, "limit": 503}
 _MEANINGS = {
     "refused": "the endpoint's target refused the connection",
@@ -75,11 +79,12 @@ class PlainServer:
     def __init__(self, config: ServerConfig, host: Host) -> None:
         self.reactor = host.reactor
         self.connections: dict[PlainConnection, None] = {}
+        self._dialling: dict[trio.CancelScope, None] = {}
+        self._stopping = False
         self._config = config
         self._host = host
         self._endpoints = {endpoint.path: endpoint for endpoint in config.endpoints}
         self._policy = _OperatorsChoice()
-        self._stopping = False
 
     def find(self, path: str) -> Endpoint | None:
         """The endpoint at a request's path."""
@@ -94,6 +99,7 @@ class PlainServer:
         reader: RequestReader,
         peer: str,
         deadline: trio.CancelScope,
+        known: Callable[[], object],
     ) -> None:
         """Answer one request; from the 101 on the connection lives on the reactor.
 
@@ -104,6 +110,7 @@ class PlainServer:
             reader: has what came behind it.
             peer: the client's address, for the log.
             deadline: of the handshake; moved once the client is known, since a dial has its own time.
+            known: is called then, too: from there on it counts for its principal, and not as a stranger's handshake.
 
         Raises:
             HandshakeError: the answer is no.
@@ -122,6 +129,7 @@ class PlainServer:
         # Two sockets: it counts as a link and as a stream.
         principal.links += 1
         principal.streams += 1
+        known()
         try:
             target, address = await self._dial(endpoint, principal, peer)
             try:
@@ -138,6 +146,8 @@ class PlainServer:
             raise
         self.connections[connection] = None
         connection.start(transport.detach(), target, reader.leftover)
+        if self._stopping:  # since the answer was begun
+            connection.close(CloseCode.GOING_AWAY, STOPPING)
 
     def _authenticate(self, request: Request) -> str:
         if self._config.endpoint_auth == "none":
@@ -154,12 +164,15 @@ class PlainServer:
 
     async def _dial(self, endpoint: Endpoint, principal: Principal, peer: str) -> tuple[socket.socket, str]:
         """The client is told what kind of failure it was, the log which address and why."""
-        target = endpoint.target
+        egress = self._host.egress
+        scope = trio.CancelScope()
+        self._dialling[scope] = None
         try:
-            egress = self._host.egress
-            return await dial_target(
-                target, self._policy, limiter=egress.limiter(principal.name), sources=egress.sources
-            )
+            with scope:
+                return await dial_target(
+                    endpoint.target, self._policy, limiter=egress.limiter(principal.name), sources=egress.sources
+                )
+            raise HandshakeError(503, STOPPING)
         except StreamError as error:
             _log.warning(
                 "endpoint's target not reached",
@@ -167,6 +180,8 @@ class PlainServer:
             )  # fmt: skip
             status, meaning = _STATUS.get(error.code, 502), _MEANINGS.get(error.code, _UNREACHED)
             raise HandshakeError(status, meaning) from error
+        finally:
+            del self._dialling[scope]
 
     def plain_ended(self, connection: PlainConnection) -> None:
         """See `PlainOwner`."""
@@ -192,8 +207,11 @@ class PlainServer:
 
     def stop(self) -> None:
         """Close all; they are gone when `connections` is empty."""
+        self._stopping = True
+        for scope in self._dialling:
+            scope.cancel()
         for connection in list(self.connections):
-            connection.close(1001, "the server is stopping")
+            connection.close(CloseCode.GOING_AWAY, STOPPING)
 
 
 class _OperatorsChoice(Policy):

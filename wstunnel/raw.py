@@ -5,7 +5,7 @@ No tunnel protocol, so none of what needs one: a connection that breaks is lost,
     the application's EOF                       Close 1000, behind all of its data; what still comes is delivered
     the application's reset                     Close 1011
     the server's Close 1000, or without code    the application's EOF, behind all of the server's data
-    any other Close, or no Close at all         the application's connection is reset, unless its own EOF came before
+    any other Close, or no Close at all         a reset, behind all that came, unless the application's EOF came before
     the server is not reached, or refuses       the application's connection is reset
 """
 
@@ -25,10 +25,6 @@ from wstunnel.reactor import Reactor
 from wstunnel.session import Principal
 from wstunnel.wire.frames import CloseCode
 from wstunnel.wire.masking import MaskKeys
-from wstunnel.wire.plain import NO_STATUS
-
-_ORDERLY = frozenset({CloseCode.NORMAL, NO_STATUS})
-"""Codes of Close frames that say what a FIN does: that was all. 1001, for one, is a server that is stopped."""
 
 _log = logs.logger("raw")
 
@@ -43,21 +39,6 @@ class RawConnection(PlainConnection):
 
     def _describe(self) -> dict[str, object]:
         return {"server": f"{self._where['address']}{self.endpoint}", "peer": self._where["peer"]}
-
-    def client_closed(self, code: int, reason: str) -> None:
-        """The server's Close frame came."""
-        if code in _ORDERLY:
-            super().client_left(self._goodbye(code, reason))
-        else:
-            self.client_left(self._goodbye(code, reason))
-
-    def client_left(self, detail: str) -> None:
-        """No orderly end: what came may not be all, and only an application that has said goodbye need not know."""
-        if self.outcome is not None and self.outcome[0] == "finished":
-            super().client_left(detail)
-        else:
-            self._end("reset", detail)
-            self.target.drop(reset=True)
 
 
 class RawForwards:

@@ -121,11 +121,16 @@ class Server:
 
     def accepted(self, sock: socket.socket) -> None:
         """A new connection: its handshake runs as a task of its own."""
-        if len(self._handshakes) >= self._most_handshakes():
-            self._drop_handshake()
         scope = trio.CancelScope()
-        self._handshakes[scope] = None
+        self._count(scope)
         self.nursery.start_soon(self._handshake, sock, scope)
+
+    def _count(self, scope: trio.CancelScope) -> None:
+        """Among the handshakes, at the expense of the oldest if there are too many."""
+        if scope not in self._handshakes:
+            while len(self._handshakes) >= self._most_handshakes():
+                self._drop_handshake()
+            self._handshakes[scope] = None
 
     def drop_oldest(self) -> None:
         """No descriptor is left: what only connected, here or at a reverse forward that is a proxy, gives some back."""
@@ -151,14 +156,14 @@ class Server:
         transport = Transport(sock, self._context, server_side=True)
         try:
             with scope:
-                await self._answer(transport, peer)
+                await self._answer(transport, peer, scope)
         except (ssl.SSLError, OSError, trio.BrokenResourceError) as error:
             _log.debug("connection failed in its handshake", peer=peer.name, reason=str(error))
         finally:
             self._handshakes.pop(scope, None)
             transport.close()
 
-    async def _answer(self, transport: Transport, peer: Peer) -> None:
+    async def _answer(self, transport: Transport, peer: Peer, scope: trio.CancelScope) -> None:
         """Upgrade, or refuse. A refusal lingers, and counts as a handshake until it is over."""
         refusal: HandshakeError | None = None
         unannounced: str | None = NO_HEADER
@@ -170,7 +175,7 @@ class Server:
                 unannounced = None
                 await transport.handshake()
                 secured = True
-                await self._upgrade(transport, RequestReader(), peer, deadline)
+                await self._upgrade(transport, RequestReader(), peer, deadline, scope)
             except HandshakeError as error:
                 refusal = error
             except ProtocolError as error:
@@ -184,10 +189,15 @@ class Server:
         if refusal is not None:
             _log.warning("connection refused", peer=peer.name, status=refusal.status, reason=str(refusal))
             if secured:
-                await self._refuse(transport, refusal)
+                await self._refuse(transport, refusal, scope)
 
     async def _upgrade(
-        self, transport: Transport, reader: RequestReader, peer: Peer, deadline: trio.CancelScope
+        self,
+        transport: Transport,
+        reader: RequestReader,
+        peer: Peer,
+        deadline: trio.CancelScope,
+        scope: trio.CancelScope,
     ) -> None:
         request = None
         while request is None:
@@ -198,7 +208,10 @@ class Server:
         self._front.believe(peer, request)
         endpoint = self.plain.find(request.path)
         if endpoint is not None:
-            await self.plain.serve(endpoint, transport, request, reader=reader, peer=peer.name, deadline=deadline)
+            await self.plain.serve(
+                endpoint, transport, request, reader=reader, peer=peer.name, deadline=deadline,
+                known=partial(self._handshakes.pop, scope, None),
+            )  # fmt: skip
             return
         upgrade = handshake.accept(request, path=self._config.path, subprotocols=(SUBPROTOCOL,))
         token = handshake.bearer_token(request) or ""
@@ -234,10 +247,10 @@ class Server:
             )
         return principal
 
-    @staticmethod
-    async def _refuse(transport: Transport, error: HandshakeError) -> None:
+    async def _refuse(self, transport: Transport, error: HandshakeError, scope: trio.CancelScope) -> None:
         with trio.move_on_after(limits.LINGER_SECONDS):
             await transport.send(handshake.refusal(error))
+            self._count(scope)  # again, if it was a user whose target could not be reached
             await transport.finish()
 
     # --- links before hello -------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_defaults(invoke: Invoke, captured: Captured, monkeypatch: pytest.Monkey
     [(config, exit_codes)] = captured
     assert config.url.token == Token.parse(TOKEN)
     assert config == ClientConfig(url=config.url, local_forwards=parse_forward("5432:db:5432"), proxies=Proxies())
-    assert exit_codes == {signal.SIGTERM: 0, signal.SIGINT: 130}
+    assert exit_codes == {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 def test_every_flag(invoke: Invoke, captured: Captured) -> None:
@@ -149,7 +149,9 @@ def test_every_mistake_in_a_forward_shows_the_grammar(
         ),
         ([*FORWARD], "there is no profile `default`"),
         ([*FORWARD, "--profile", "work"], "there is no profile `work`"),
-        ([*FORWARD, "--profile", "../x"], "this cannot be a name"),
+        (["-R", "1080", "--dynamic-login", "x"], "--dynamic-login is for -D and --http-proxy, and there is neither"),
+        ([*FORWARD, "--profile", "../x"], "--profile: this cannot be a name"),
+        ([*FORWARD, URL, "--sni", "a:443"], "--sni: a name without a port is wanted here\n    a:443\n     ^"),
         ([*FORWARD, "wss://tunnel.example.org"], "the login URL has no token"),
         ([*FORWARD, "https://tunnel.example.org"], "did you mean wss://?"),
         ([*FORWARD, "5432:db:5432"], "a login URL begins with wss://"),
@@ -163,6 +165,11 @@ def test_every_mistake_in_a_forward_shows_the_grammar(
         ([*FORWARD, URL, "--header", "Upgrade: h2c"], "--header: Upgrade belongs to the handshake"),
         ([*FORWARD, URL, "--header", "Sec-WebSocket-Key: x"], "belongs to the handshake"),
         ([*FORWARD, URL, "--header", "authorization: x"], "carries the token"),
+        (["-L", "1:ws-raw", URL, "--header", "Authorization: x"], "carries the token"),
+        (
+            ["-L", "1:ws-raw", "ws://[::1]", *["--header", "Authorization: x"] * 2],
+            "Authorization is given more than once",
+        ),
         ([*FORWARD, URL, "--header", "Host: a b"], "--header: not a host"),
         ([*FORWARD, URL, "--header", "Host: a", "--header", "host: b"], "Host is given more than once"),
         ([*FORWARD, URL, "--sni", "a:443"], "--sni: "),
@@ -296,7 +303,7 @@ def test_a_token_that_the_server_does_not_know(program: Program, server: Any) ->
     _, port = server("--plain")
     environment = {**os.environ, "WSTUNNEL_URL": f"ws://{TOKEN}@127.0.0.1:{port}/"}
     process = program("-m", "wstunnel", "client", "-q", "-L", "0:a:1", env=environment)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 3
     assert stderr.startswith("wstunnel: error: ")
     assert "wstunnel invite" in stderr
@@ -308,7 +315,7 @@ def test_a_server_that_cannot_prove_who_it_is(program: Program, server: Any, fra
     _, port = server()
     environment = {**os.environ, "WSTUNNEL_URL": f"wss://{TOKEN}@127.0.0.1:{port}/{fragment}"}
     process = program("-m", "wstunnel", "client", "-q", "-L", "0:a:1", env=environment)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr.startswith("wstunnel: error: ")
     assert "Traceback" not in stderr
@@ -320,7 +327,7 @@ def test_a_port_in_use(program: Program, flags: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = program("-m", "wstunnel", "client", "-L", f"{port}:a:1", *flags, env=environment)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     [line] = stderr.splitlines()
     assert line.startswith("wstunnel: error: ")
@@ -398,3 +405,30 @@ class TestWayOut:
         assert self.config(invoke, captured, plain, "--ca", "ca.pem", "--proxy", "https://proxy").ca == Path("ca.pem")
         result = invoke("client", *FORWARD, URL, "--ca", "ca.pem", "--pin", PIN.hex(), "--proxy", "https://proxy")
         assert "--ca is not used" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warned"),
+    [
+        (["-D", "1080", "--http-proxy", "[::1]:3128", "-R", "1080", "-D", "127.0.0.2:1080"], []),
+        (["-D", "*:1080"], ["whoever reaches this port can use the proxy: --dynamic-login"]),
+        (["--http-proxy", "192.0.2.1:3128"], ["whoever reaches this port can use the proxy: --dynamic-login"]),
+        (["-R", "*:1080"], ["whoever reaches this port of the server can go out through this machine"]),
+        (["-L", "*:80:web:80", "-R", "*:80:web:80"], []),
+    ],
+)
+def test_a_proxy_for_everybody_is_told(
+    invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch, arguments: list[str], warned: list[str]
+) -> None:
+    monkeypatch.setenv("WSTUNNEL_URL", URL)
+    found = invoke("client", *arguments).stderr.splitlines()
+    assert len(found) == len(warned) and all(words in line for words, line in zip(warned, found, strict=True))
+
+
+def test_a_proxy_for_those_who_know_the_password(
+    invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WSTUNNEL_URL", URL)
+    login = tmp_path / "login"
+    login.write_text("me:secret\n")
+    assert invoke("client", "-D", "*:1080", "--dynamic-login", str(login)).stderr == ""

@@ -474,7 +474,7 @@ class TestEndsOfTheTarget:
 
 
 class TestEndsOfTheClient:
-    @pytest.mark.parametrize("code", [None, 1000, 1001, 4000])
+    @pytest.mark.parametrize("code", [None, 1000])
     def test_its_close_is_answered_and_becomes_the_targets_end(self, joined: Joined, code: int | None) -> None:
         joined.send(data(b"last"), encode_close(code, key=KEY))
         assert joined.frames.closed == ((code or 1005), "")
@@ -485,6 +485,16 @@ class TestEndsOfTheClient:
         assert joined.over
         detail = "closed by the client" + (f": {code}" if code else "")
         assert joined.connection.outcome == (FINISHED, detail)
+
+    @pytest.mark.parametrize("code", [1001, 1002, 1011, 4000])
+    def test_a_close_for_another_reason_is_no_end(self, joined: Joined, code: int) -> None:
+        joined.send(data(b"not all"), encode_close(code, "why", key=KEY))
+        assert joined.frames.closed == (code, ""), "answered all the same"
+        assert (joined.at_target(), joined.target_sees) == (b"not all", "reset")
+        joined.client.shutdown(socket.SHUT_WR)
+        joined.settle()
+        assert joined.over
+        assert joined.connection.outcome == ("reset", f"closed by the client: {code} why")
 
     def test_the_end_waits_for_a_slow_target_that_waits_to_be_read(self, joined: Joined) -> None:
         joined.far.outgoing.room = 0
@@ -517,15 +527,50 @@ class TestEndsOfTheClient:
         assert joined.over
         assert joined.target_sees == "reset"
 
-    def test_its_connections_end_without_a_close_frame(self, joined: Joined) -> None:
-        joined.client.send(data(b"last"))
+    @pytest.mark.parametrize("cut", [0, 1])
+    def test_its_connections_end_without_a_close_frame(self, joined: Joined, cut: int) -> None:
+        """A proxy that closes what is idle, or a client that was killed: whether it was all, nobody knows."""
+        sent = data(b"last")
+        joined.client.send(sent[: len(sent) - cut])
         joined.client.shutdown(socket.SHUT_WR)
         joined.settle()
-        assert (joined.at_target(), joined.target_sees) == (b"last", "eof")
+        assert (joined.at_target(), joined.target_sees) == (b"last"[: 4 - cut], "reset")
+        assert joined.over
+        assert joined.connection.outcome == ("lost", "connection closed without a close frame")
+
+    def test_a_reset_goes_behind_what_came(self, joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the target's queue and the kernel hold is delivered first."""
+        unsent = [1000]
+        monkeypatch.setattr(sockets, "unsent", lambda sock: unsent[0] if sock is joined.far else 0)
+        joined.far.outgoing.room = 0
+        up = os.urandom(50_000)
+        joined.client.send(data(up))
+        joined.client.shutdown(socket.SHUT_WR)
+        joined.settle()
+        joined.target.send(b"nobody hears this" * 10_000)
+        joined.settle()
+        assert not joined.far.incoming.arrived, "a target that is not read may not read either"
+        joined.far.outgoing.room = None
+        joined.settle()
+        joined.pass_time(2)
+        assert (joined.at_target(), joined.target_sees) == (up, "open")
+        unsent[0] = 0
+        joined.pass_time(1)
+        assert joined.target_sees == "reset"
+        assert joined.over
+
+    def test_a_reset_waits_for_a_minute_at_most(self, joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sockets, "unsent", lambda sock: 1000 if sock is joined.far else 0)
+        joined.send(data(b"x"))
+        joined.client.shutdown(socket.SHUT_WR)
+        joined.settle()
         joined.target.shutdown(socket.SHUT_WR)
         joined.settle()
+        joined.pass_time(limits.STALLED_SECONDS)
+        assert not joined.over
+        joined.pass_time(1)
         assert joined.over
-        assert joined.connection.outcome == (FINISHED, "connection closed without a close frame")
+        assert joined.target_sees == "reset"
 
     @pytest.mark.parametrize("stopped", [False, True])
     def test_its_reset_is_the_targets(self, joined: Joined, stopped: bool) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SECONDS = 30.0
+SECONDS = 60.0
 """For any one answer of the browser, before the test fails."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 def upgrade_head(port: int, token: str, *, path: str = "/", drop: str = "", add: str = "") -> bytes:

@@ -14,14 +14,14 @@ import trustme
 from .process import Process, wait_until
 from .programs import accepts, require
 from .sockets import unused_port
-from .test_proxies import IDLE_SECONDS, tinyproxy
+from .test_proxies import IDLE_SECONDS, PASSWORD, USER, microsocks, squid, tinyproxy
 from .tunnel import Server, environment, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.programs, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.programs, pytest.mark.timeout(180)]
 
 OTHER_TOKEN = "A" * 43
 OTHER_PIN = f"#sha256={'A' * 43}"
@@ -244,3 +244,37 @@ class TestInBetween:
             step = failed(json.loads(done.stdout))
             assert (step["step"], step["evidence"]["why"]) == ("proxy", "HTTPS_PROXY")
             assert "443" in step["next"]
+
+    def test_squid_in_tls_closes_what_is_silent(self, tmp_path: Path) -> None:
+        """TLS to the server in TLS to the proxy. Of a proxy whose authority is unknown it is said what to do."""
+        authority = trustme.CA()
+        ca, cert, key = tmp_path / "ca.pem", tmp_path / "cert.pem", tmp_path / "key.pem"
+        authority.cert_pem.write_to_path(str(ca))
+        certificate = authority.issue_cert("127.0.0.1")
+        certificate.cert_chain_pems[0].write_to_path(str(cert))
+        certificate.private_key_pem.write_to_path(str(key))
+        key.chmod(0o600)
+        with (
+            Server(tmp_path, plain=False, arguments=["--cert", str(cert), "--key", str(key)]) as server,
+            squid(tmp_path, listener="https_port", options=f"tls-cert={cert} tls-key={key}") as port,
+        ):
+            url, proxy = server.invitation.changed(pin=""), f"https://127.0.0.1:{port}"
+            found = check(tmp_path, url, "--ca", str(ca), "--proxy", proxy, "--idle", "8", code=1)
+            closes_after_idle_seconds(found)
+            assert [step["step"] for step in found["steps"][:5]] == ["name", "route", "tcp", "proxy", "tls"]
+            step = failed(check(tmp_path, url, "--proxy", proxy, code=1))
+            assert step["step"] == "proxy"
+            assert "did not prove who it is" in step["text"]
+            assert "--ca" in step["next"]
+
+    def test_microsocks(self, server: Server, tmp_path: Path) -> None:
+        with microsocks(tmp_path, "-u", USER, "-P", PASSWORD) as port:
+            proxy = f"socks5h://{USER}:{PASSWORD}@127.0.0.1:{port}"
+            found = check(tmp_path, server.invitation.url, "--proxy", proxy, "--idle", "2", code=0)
+            assert [step["step"] for step in found["steps"][:5]] == ["name", "route", "tcp", "proxy", "tls"]
+            assert PASSWORD not in json.dumps(found)
+            step = failed(check(tmp_path, server.invitation.url, "--proxy", f"socks5h://127.0.0.1:{port}", code=1))
+            assert (step["step"], "wants user and password" in step["text"]) == ("proxy", True)
+            dead = server.invitation.changed(port=unused_port())
+            step = failed(check(tmp_path, dead, "--proxy", proxy, code=1))
+            assert (step["step"], "connection was refused" in step["text"]) == ("proxy", True)

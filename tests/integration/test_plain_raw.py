@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .process import Process, wait_until
-from .programs import accepts, finish
+from .programs import accepts, install
 from .sockets import Listener, read_exactly, read_to_end, reset, unused_port
 from .tunnel import COMMAND, Client, environment
 
@@ -30,15 +31,15 @@ WEBSOCKIFY = "websockify==0.13.0"
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where websockify is, without what its tokens and numpy need."""
     tree = tmp_path_factory.mktemp("websockify")
-    finish(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tree, WEBSOCKIFY)
+    install(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tree, WEBSOCKIFY)
     return tree
 
 
 @contextmanager
-def websockify(package: Path, directory: Path, target: str) -> Iterator[int]:
-    """A server that leads to `target`. Yields its port."""
+def websockify(package: Path, directory: Path, *arguments: str) -> Iterator[int]:
+    """A server; `arguments` begin with where it leads to, unless tokens say that. Yields its port."""
     port = unused_port()
-    argv = [sys.executable, "-m", "websockify", f"127.0.0.1:{port}", target]
+    argv = [sys.executable, "-m", "websockify", f"127.0.0.1:{port}", *arguments]
     env = environment(directory, PYTHONPATH=str(package))
     with Process("websockify", argv, directory=directory, env=env, exit_codes=(0, 1, -15)) as process:
         wait_until(lambda: not process.running or accepts(port), "websockify to listen")
@@ -98,7 +99,7 @@ def test_the_targets_reset_is_none_of_the_tunnels_ends(client: Client, listener:
         reset(target)
         with pytest.raises(ConnectionResetError):
             read_to_end(application)
-    client.wait_for_line("raw connection ended .*reason=reset")
+    client.wait_for_line("raw connection ended .*reason=lost")
 
 
 def test_a_target_that_refuses(package: Path, tmp_path: Path) -> None:
@@ -111,6 +112,31 @@ def test_a_target_that_refuses(package: Path, tmp_path: Path) -> None:
     ):
         read_to_end(application)
     assert "closed by the server: 1011 Failed to connect to downstream server" in client.stderr
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_target_by_token_with_a_password(package: Path, tmp_path: Path, listener: Listener, known: bool) -> None:
+    """Both as websockify wants them: the token in the query, and Basic authentication."""
+    (tmp_path / "tokens").write_text(f"db: {listener.address}\n")
+    flags = ["--token-plugin", "TokenFile", "--token-source", str(tmp_path / "tokens")]
+    flags += ["--auth-plugin", "BasicHTTPAuth", "--auth-source", "ann:hunter22"]
+    basic = base64.b64encode(b"ann:hunter22" if known else b"ann:wrong").decode()
+    forward = ["-L", "0:ws-raw", "--header", f"Authorization: Basic {basic}"]
+    with (
+        websockify(package, tmp_path, *flags) as port,
+        Client(tmp_path, f"ws://127.0.0.1:{port}/?token=db", [], arguments=forward) as client,
+        _connect(client) as application,
+    ):
+        if known:
+            with listener.accept() as target:
+                target.sendall(b"let in")
+                assert read_exactly(application, 6) == b"let in"
+        else:
+            with pytest.raises(ConnectionResetError):
+                read_to_end(application)
+            client.wait_for_line("connection reset: the endpoint was not reached.*40[13]")
+        assert "token=db" not in client.stderr
+        assert basic not in client.stderr
 
 
 def test_a_forward_to_the_tunnel_needs_a_token(tmp_path: Path) -> None:

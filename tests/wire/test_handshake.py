@@ -488,7 +488,7 @@ class TestClientRefused:
             ("429 Too Many Requests", "too many requests (429: hello)"),
             ("500 Internal Server Error", "failed (500: hello): its log says more"),
             ("502 Bad Gateway", "the proxy in front of the server could not reach it (502: hello)"),
-            ("503 Service Unavailable", "the proxy in front of the server could not reach it (503: hello)"),
+            ("503 Service Unavailable", "the server, or a proxy in front of it, has no room now (503: hello)"),
             ("504 Gateway Timeout", "the proxy in front of the server could not reach it (504: hello)"),
             ("999 What", "failed (999: hello)"),
         ],

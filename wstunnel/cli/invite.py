@@ -24,6 +24,8 @@ PUBLIC_URL_GRAMMAR = "wss://HOST[:PORT][/PATH][#sha256=PIN], or ws://…"
 def _parse_host(text: str) -> tuple[str, int | None]:
     from wstunnel.auth import parse_host_port
 
+    if "://" in text:
+        raise UsageError("this is a URL: give it to --url", text=text, grammar="HOST[:PORT], or --url wss://HOST/")
     return parse_host_port(text)
 
 
@@ -38,6 +40,8 @@ def _parse_public_url(text: str) -> LoginUrl:
         raise UsageError(
             "this URL has a token, and invite makes a new one: leave it out", text=str(url), grammar=PUBLIC_URL_GRAMMAR
         )
+    if url.query:
+        raise UsageError("a login URL has no query: leave it out", text=str(url), grammar=PUBLIC_URL_GRAMMAR)
     return url
 
 

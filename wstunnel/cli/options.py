@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-BIND_GRAMMAR = "an IP address such as 127.0.0.1 or ::1, or unix:/PATH[;mode=600]"
+BIND_GRAMMAR = "an IP address such as 127.0.0.1 or ::1 (the port goes to --port), or unix:/PATH[;mode=600]"
 SOCKET_MODE = 0o600
 """Of a Unix socket for whose file nothing else is said: its owner's alone, and root's."""
 DURATION_GRAMMAR = "seconds, or a number with s, m, h or d, such as 90, 5m or 1h30m"
@@ -79,7 +79,11 @@ def parse_address(text: str, grammar: str = "an IP address such as 192.0.2.1 or 
     try:
         return str(ipaddress.ip_address(bare))
     except ValueError:
-        raise UsageError("not an IP address", text=text, grammar=grammar) from None
+        with_port = re.fullmatch(r"(?:[0-9.]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)", text)
+        raise UsageError(
+            "an address without a port is wanted here" if with_port else "not an IP address",
+            text=text, position=with_port.start(1) if with_port else 0, grammar=grammar,
+        ) from None  # fmt: skip
 
 
 def _parse_socket(text: str) -> tuple[str, int]:
@@ -156,8 +160,6 @@ def parse_header(text: str) -> tuple[str, str]:
         raise UsageError("not a name of a header field", text=name, grammar=HEADER_GRAMMAR)
     if re.search(r"[^\t\x20-\x7e]", value):
         raise UsageError(f"the value of {name} has a control character, or is not ASCII", grammar=HEADER_GRAMMAR)
-    if name.lower() == "authorization":
-        raise UsageError("Authorization carries the token of the login URL and cannot be set", grammar=HEADER_GRAMMAR)
     if name.lower() in HANDSHAKE_HEADERS or name.lower().startswith("sec-websocket-"):
         raise UsageError(f"{name} belongs to the handshake and cannot be set", grammar=HEADER_GRAMMAR)
     if name.lower() == "host" and not re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{1,5})?", value):
@@ -173,6 +175,11 @@ def parse_name(text: str) -> str:
     """
     from wstunnel.auth import parse_host_port
 
+    if with_port := re.fullmatch(r"(?:[^:\[\]]+|\[.*\])(:[0-9]+)", text):
+        raise UsageError(
+            "a name without a port is wanted here",
+            text=text, position=with_port.start(1), grammar="a host name, without a port",
+        )  # fmt: skip
     bare = f"[{text}]" if ":" in text else text
     try:
         return parse_host_port(bare)[0]
@@ -192,6 +199,13 @@ def _parse_pin(text: str) -> bytes:
     return parse_pin(text)
 
 
+def _parse_profile(text: str) -> str:
+    from wstunnel.auth import check_user_name
+
+    check_user_name(text)
+    return text
+
+
 # click's own look at a file would make an unreadable one a mistake in usage: whoever opens it says it better.
 FILE = click.Path(readable=False, path_type=Path)
 DIRECTORY = click.Path(readable=False, path_type=Path)
@@ -203,6 +217,7 @@ PIN = Parsed("SHA256", _parse_pin)
 HEADER = Parsed("'NAME: VALUE'", parse_header)
 NAME = Parsed("NAME", parse_name)
 PROXY = Parsed("URL|none", _parse_proxy)
+PROFILE = Parsed("NAME", _parse_profile)
 
 
 def state_dir(command: Command) -> Command:
@@ -228,7 +243,7 @@ def udp_timeout(command: Command) -> Command:
 
 def profile(command: Command) -> Command:
     """Add `--profile`; the command gets `None` where it was not given."""
-    return click.option("--profile", metavar="NAME", help="Which saved login URL.  [default: default]")(command)
+    return click.option("--profile", type=PROFILE, help="Which saved login URL.  [default: default]")(command)
 
 
 def way_out(command: Command) -> Command:

@@ -72,7 +72,7 @@ def configure(
             login_url.require_token()
         proxy = ways.choose(login_url)
         _check_trust(login_url, ca, pins, server_name, secure_proxy=proxy is not None and proxy.scheme == "https")
-    _check_headers(headers)
+    _check_headers(headers, bearer=tunnelled or any(login_url.token is not None for login_url in login_urls))
     if urls and any(login_url.token is not None for login_url in login_urls):
         logs.logger("cli").warning(
             "the token is among this command's arguments, where every user of this machine can read it:"
@@ -105,9 +105,13 @@ def _ways(urls: tuple[LoginUrl, ...], given: Proxies | None) -> Proxies:
     return given
 
 
-def _check_headers(headers: tuple[tuple[str, str], ...]) -> None:
-    if sum(name.lower() == "host" for name, _ in headers) > 1:
-        raise UsageError("--header: Host is given more than once")
+def _check_headers(headers: tuple[tuple[str, str], ...], *, bearer: bool) -> None:
+    names = [name.lower() for name, _ in headers]
+    for name in ("Host", "Authorization"):
+        if names.count(name.lower()) > 1:
+            raise UsageError(f"--header: {name} is given more than once")
+    if bearer and "authorization" in names:
+        raise UsageError("--header: Authorization carries the token of the login URL and cannot be set")
 
 
 def _check_trust(
@@ -129,7 +133,7 @@ def _check_trust(
                 f"{flag} does nothing with a ws:// URL, which has no TLS: the token would go out in clear;"
                 f" use a wss:// URL, or leave {flag} out"
             )
-        if not _is_loopback(url.host):
+        if not is_loopback(url.host):
             log.warning(
                 "ws:// is not encrypted: everybody on the way can read the token and all data; use wss://",
                 host=url.host,
@@ -138,7 +142,8 @@ def _check_trust(
         log.warning("--ca is not used: the server's key is pinned, and then the pin alone decides", ca=ca)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it: a loopback address, without brackets, or a name for one."""
     import ipaddress
 
     try:

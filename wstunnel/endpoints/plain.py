@@ -10,8 +10,11 @@ How ends are told, given that a WebSocket has no half-close:
 
     the target's EOF           Close 1000, behind all of its data
     the target's reset         Close 1011
-    the client's Close or EOF  the target's EOF, behind all of the client's data; what it still says is thrown away
-    the client's connection breaks, or breaks the rules     the target's connection is reset
+    the client's Close 1000, or without code    the target's EOF, behind all of the client's data
+    any other Close, or no Close at all         a reset, behind all that came, unless the target's EOF came before
+    the client's connection breaks, or breaks the rules     a reset, at once
+
+What the target still says after the client's end is thrown away.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
     from wstunnel.reactor import Reactor
     from wstunnel.session import Principal
     from wstunnel.wire.masking import MaskKeys
+
+ORDERLY = frozenset({CloseCode.NORMAL, NO_STATUS})
+"""Codes of Close frames that say what a FIN does: that was all. 1001, for one, is a page that was left half-way, or a
+server that is stopped."""
 
 _log = logs.logger("endpoint")
 
@@ -168,17 +175,28 @@ class PlainConnection:
         target.refresh(may_read=target.discarding or (room and client.ready()))
 
     def client_closed(self, code: int, reason: str) -> None:
-        """The client said goodbye: the target is given its EOF once it has all."""
-        self.client_left(self._goodbye(code, reason))
+        """The client said goodbye: if that was all, the target is given its EOF once it has it."""
+        status = "" if code == NO_STATUS else f": {code} {reason}"
+        detail = f"closed by the {self.far}{status}".rstrip()
+        if code in ORDERLY:
+            self._end("finished", detail)
+            self.target.finish()
+        else:
+            self._broken_off("reset", detail)
 
     def client_left(self, detail: str) -> None:
-        """The client's connection ended, with a goodbye or without: the target is given its EOF once it has all."""
-        self._end("finished", detail)
-        self.target.finish()
+        """The client's connection ended without a goodbye: a proxy may have closed it, or the client was killed."""
+        self._broken_off("lost", detail)
 
-    def _goodbye(self, code: int, reason: str) -> str:
-        status = "" if code == NO_STATUS else f": {code} {reason}"
-        return f"closed by the {self.far}{status}".rstrip()
+    def _broken_off(self, outcome: str, detail: str) -> None:
+        """What came may not be all, and only a target that has said goodbye itself need not know."""
+        agreed = self._agreed
+        self._end(outcome, detail)
+        self.target.finish(reset=not agreed)
+
+    @property
+    def _agreed(self) -> bool:
+        return self.outcome is not None and self.outcome[0] == "finished"
 
     def client_failed(self, reason: str) -> None:
         """The client broke the rules: what it meant to say is not known, so the target is told of a reset."""
@@ -197,7 +215,7 @@ class PlainConnection:
 
     def abort(self, outcome: str, reason: str) -> None:
         """The client's connection is no good any more. Its end is only the end if that was agreed on before."""
-        agreed = self.outcome is not None and self.outcome[0] == "finished"
+        agreed = self._agreed
         self._end(outcome, reason)
         self.client.drop()
         if agreed:

@@ -27,7 +27,9 @@ class TargetSide(Side):
         discarding: the client hears no more; what comes is read and thrown away, so that the target is not held up.
     """
 
-    __slots__ = ("_deadline", "_ended", "_failed", "_finishing", "_progress_at", "_shut", "discarding", "queue")
+    __slots__ = (
+        "_breaking", "_deadline", "_ended", "_failed", "_finishing", "_progress_at", "_shut", "discarding", "queue",
+    )  # fmt: skip
 
     def __init__(self, connection: PlainConnection, *, now: float) -> None:
         super().__init__(connection)
@@ -36,6 +38,7 @@ class TargetSide(Side):
         self._ended = False  # its EOF came
         self._failed = False  # it takes no more
         self._finishing = False  # it gets our EOF behind the queue
+        self._breaking = False  # or rather a reset
         self._shut = False  # it has got it
         self._progress_at = now
         self._deadline: float | None = None
@@ -110,10 +113,19 @@ class TargetSide(Side):
         if self._finishing:
             self.finish()
 
-    def finish(self) -> None:
-        """Say EOF once all was delivered, then wait for the target's, LINGER_SECONDS at most."""
+    def finish(self, *, reset: bool = False) -> None:
+        """Say EOF once all was delivered, then wait for the target's, LINGER_SECONDS at most.
+
+        Args:
+            reset: break off instead, and likewise only once all was delivered.
+        """
         self._finishing = self.discarding = True
+        self._breaking = self._breaking or reset
         if self.sock is None or self._shut or len(self.queue):
+            return
+        if self._breaking:
+            if not sockets.unsent(self.sock):  # a reset destroys what the kernel has yet to send; the sweep asks again
+                self.drop(reset=True)
             return
         self._shut = True
         self._deadline = self.reactor.now + limits.LINGER_SECONDS
@@ -162,3 +174,5 @@ class TargetSide(Side):
                 self.drop()
         elif now - self._progress_at > limits.STALLED_SECONDS:
             self.drop(reset=True)
+        elif self._breaking:
+            self.finish()

@@ -345,7 +345,8 @@ class ClientUpgrade:
         line = body.first_line()
         said = f"{status}: {line}" if line else f"{status}"
         if self._endpoint and status in _ENDPOINT_MEANINGS:
-            return ServerRefusedError(_ENDPOINT_MEANINGS[status].format(said=said, path=self._path))
+            path = self._path.partition("?")[0]  # the rest may be a secret
+            return ServerRefusedError(_ENDPOINT_MEANINGS[status].format(said=said, path=path))
         if status == 401:
             return ServerRefusedError(
                 "the server refused the token (401): ask its operator for a new login URL (`wstunnel invite`), "
@@ -386,7 +387,7 @@ _MEANINGS = {
     426: "the server saw no WebSocket upgrade ({said}): a proxy on the way may have removed it",
     429: "the server, or a proxy in front of it, had too many requests ({said}): try again later",
     502: _UNREACHED,
-    503: _UNREACHED,
+    503: "the server, or a proxy in front of it, has no room now ({said}): its log says more, if it runs",
     504: _UNREACHED,
 }
 _MEANING_2XX = (
