@@ -893,7 +893,7 @@ class TestApplicationsThatSayNothing:
             for _ in range(3):
                 silent.append(await application(client.ports[0]))
                 await wait_all_tasks_blocked(0.01)
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 assert await silent[0].receive_some() == b""
             await silent[1].send_all(b"\x05\x01\x00")
             assert await silent[1].receive_some(2) == b"\x05\x00"
@@ -920,7 +920,7 @@ class TestApplicationsThatSayNothing:
                 silent = await application(client.ports[0])
                 await wait_all_tasks_blocked(0.01)
                 exhausted[0]()
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     assert await silent.receive_some() == b""
                 await silent.aclose()
 

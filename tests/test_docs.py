@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,6 +18,7 @@ from wstunnel import forwards, limits, liveness, pace, reverse_client, reverse_s
 from wstunnel.cli.group import COMMANDS, wstunnel
 from wstunnel.dial import _MOST_TELLING
 from wstunnel.endpoints import udp
+from wstunnel.errors import UsageError
 from wstunnel.pool import SURPLUS_SECONDS
 from wstunnel.server import TAKE_OVER_SECONDS
 from wstunnel.server_session import DETACHED_IDS, REVERSE_LINKS
@@ -166,6 +168,92 @@ def test_command_line_page_names_every_variable() -> None:
     assert {"HOME", "STATE_DIRECTORY", "XDG_STATE_HOME", "XDG_CONFIG_HOME"} <= read
     for name in read | {"WSTUNNEL_URL"}:
         assert f"`{name}`" in text, name
+
+
+# --- commands in the text -------------------------------------------------------------------------------------------
+
+PLACEHOLDERS = {"%h": "host", "%p": "22", "SHA256": "A" * 43}
+
+
+def shell_lines(text: str) -> Iterator[str]:
+    """What a page has its reader type: lines of code blocks behind a prompt, and pieces of code within the text."""
+    blocks = "".join(re.findall(r"^```(?:console|bash|text)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    for line in blocks.replace("\\\n", " ").splitlines():
+        if typed := re.match(r"(?:\w+)?\$ (.+)|\s+(ProxyCommand wstunnel .+)", line):
+            yield typed[1] or typed[2]
+    for piece in code(re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)):
+        if not re.fullmatch(r"wstunnel \w+", piece):  # a command's name, not the whole of it
+            yield piece
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The arguments of every `wstunnel …` in a page. One that is quoted whole, as ssh's ProxyCommand is, counts too."""
+    for line in shell_lines(text):
+        if "wstunnel " not in line or "…" in line.replace("…@", "").split("#")[0]:
+            continue  # what is left out cannot be looked at
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|<>&")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in (*lexer, "|"):
+            if "wstunnel " in word:  # ProxyCommand='wstunnel connect %h:%p'
+                yield word[word.index("wstunnel ") :].split()[1:]
+            elif word[0] not in "|<>&":
+                words.append(word)
+            elif words:
+                while words[1:] and (words[0] == "sudo" or re.match(r"[A-Z_]+=", words[0])):
+                    words = words[1:]
+                if words[0].split("/")[-1] == "wstunnel":
+                    yield words[1:]
+                words = []
+
+
+def test_commands_are_found_in_every_dress() -> None:
+    page = """Say `wstunnel client -D 1080`, not `-D`.
+
+```console
+there$ sudo wstunnel server --port 443    # as root
+$ wstunnel invite --host localhost | wstunnel login
+$ WSTUNNEL_URL=x .venv/bin/wstunnel client \\
+      -L '*:1:db:1'
+listening 127.0.0.1:1 -> wstunnel is not typed here
+$ ssh -o ProxyCommand='wstunnel connect %h:%p' host
+```
+"""
+    assert [" ".join(words) for words in commands(page)] == [
+        "server --port 443",
+        "invite --host localhost",
+        "login",
+        "client -L *:1:db:1",
+        "connect %h:%p",
+        "client -D 1080",
+    ]
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_in_the_text_are_understood(page: Path) -> None:
+    """Each is parsed as the program does it: the flags exist, and their values have the right grammar."""
+    for words in commands(page.read_text()):
+        name, *arguments = (re.sub("|".join(PLACEHOLDERS), lambda part: PLACEHOLDERS[part[0]], word) for word in words)
+        command = wstunnel.get_command(click.Context(wstunnel), name)
+        assert command is not None or name == "--version", f"{page.name}: wstunnel {' '.join(words)}"
+        if command is None:
+            continue
+        try:
+            # click keeps in the command what `-h` is, as its first context has it.
+            command.make_context(name, arguments, parent=click.Context(wstunnel, **wstunnel.context_settings))
+        except click.exceptions.Exit:  # --help
+            continue
+        except (click.ClickException, UsageError) as error:
+            pytest.fail(f"{page.name}: wstunnel {' '.join(words)}: {error}")
+
+
+def test_page_for_those_who_come_from_elsewhere_has_a_command_in_each_row() -> None:
+    page = DOCS / "how-to" / "come-from-another-tool.md"
+    tools = re.findall(r"^## From (.+)$", page.read_text(), re.MULTILINE)
+    assert tools == ["ssh", "chisel", "erebe's wstunnel", "frp", "gost", "websockify"]
+    for tool in tools:
+        for row in rows(section(page, f"From {tool}")):
+            assert "wstunnel " in row[1] or not code(row[1]), row
 
 
 # --- messages -------------------------------------------------------------------------------------------------------

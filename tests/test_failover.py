@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,23 @@ async def test_one_round_and_then_the_error(servers: Any) -> None:
         await dialler.dial()
     assert dials(servers) == [1, 1, 1]
     assert dialler.url.host == "a"
+
+
+async def test_only_the_first_of_many_rounds_is_told(servers: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="wstunnel")
+    for server in servers:
+        server.error = AWAY
+    dialler = Failover(servers)
+    for _ in range(3):
+        with pytest.raises(NetworkError):
+            await dialler.dial()
+    assert len(caplog.records) == 2
+    servers[0].error = None
+    (await dialler.dial())[0].close()
+    servers[0].error = AWAY
+    servers[1].error = None
+    (await dialler.dial())[0].close()
+    assert len(caplog.records) == 3
 
 
 async def test_it_stays_while_a_link_lives(servers: Any) -> None:

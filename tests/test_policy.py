@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 
 from wstunnel.errors import UsageError
 from wstunnel.forwards import parse_reverse
-from wstunnel.policy import NameVerdict, Policy, denial, exactly, may_listen, parse_listen_rule, parse_rule
+from wstunnel.policy import (
+    NameVerdict,
+    Policy,
+    denial,
+    exactly,
+    listen_rule_for,
+    may_listen,
+    parse_listen_rule,
+    parse_rule,
+)
 from wstunnel.targets import parse_target
 
 
@@ -427,3 +437,22 @@ class TestListenRules:
             parse_listen_rule(text)
         assert position is None or caught.value.position == position
         assert "[ADDR:]PORT" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rule"),
+    [
+        ("8080:web:80", "127.0.0.1:8080"),
+        ("1080", "127.0.0.1:1080"),
+        ("0:web:80", "'127.0.0.1:*'"),
+        ("*:8080:web:80", "'*:8080'"),
+        ("[::1]:8080:web:80", "'[::1]:8080'"),
+        ("localhost:8080:web:80", "localhost:8080"),
+        ("/run/a b.sock:web:80", "'unix:/run/a b.sock'"),
+    ],
+)
+def test_the_rule_that_an_operator_is_told_of_is_one_and_is_enough(spec: str, rule: str) -> None:
+    (forward,) = parse_reverse(spec)
+    assert listen_rule_for(forward) == rule
+    (typed,) = shlex.split(rule)
+    assert may_listen([parse_listen_rule(typed)], forward)

@@ -229,3 +229,42 @@ class TestLimitUnsent:
     def test_nothing_where_there_is_no_tcp(self, others: dict[str, socket.socket]) -> None:
         for sock in others.values():
             sockets.limit_unsent(sock, 1000)
+
+
+class TestAskWhenSilent:
+    @linux
+    def test_sets_seconds(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        sockets.ask_when_silent(pair[0], 60)
+        assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert pair[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+    @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets")
+    def test_where_there_is_no_tcp(self) -> None:
+        near, far = socket.socketpair()
+        sockets.ask_when_silent(near, 60)
+        near.close()
+        far.close()
+        sockets.ask_when_silent(near, 60)
+
+
+class TestWiden:
+    def test_past_the_systems_limit_if_it_lets_us(self) -> None:
+        asked: list[int] = []
+
+        class Datagrams:
+            def setsockopt(self, level: int, option: int, value: int) -> None:
+                assert (level, value) == (socket.SOL_SOCKET, sockets.DATAGRAMS_BYTES)
+                asked.append(option)
+                if option in refused:
+                    raise PermissionError(errno.EPERM, "not you")
+
+        forced = [33] if sys.platform == "linux" else []
+        refused: list[int] = []
+        sockets.widen(Datagrams())  # type: ignore[arg-type]
+        assert asked == (forced or [socket.SO_RCVBUF])
+        asked.clear()
+        refused = [33]
+        sockets.widen(Datagrams())  # type: ignore[arg-type]
+        assert asked == [*forced, socket.SO_RCVBUF]
+        refused.append(socket.SO_RCVBUF)
+        sockets.widen(Datagrams())  # type: ignore[arg-type]

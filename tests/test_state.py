@@ -146,7 +146,7 @@ class TestAnnouncement:
 
     def test_no_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "open", refusing(PermissionError, errno.EACCES))
-        advice = r"server\.json may not be {} by this user: run it as the user of the server, or with sudo"
+        advice = r"server\.json may not be {} by this user: run it as the user to whom it belongs, or with sudo"
         with pytest.raises(LocalError, match=advice.format("read")):
             read_announcement(tmp_path)
         with pytest.raises(LocalError, match=advice.format("written")):

@@ -81,10 +81,10 @@ async def run(
         session.ingress.stop()
         stdio.close()
     if not shutdown.is_set():
-        _judge(*outcome[0], stdio.broken, stdio.unread)
+        _judge(target, *outcome[0], stdio.broken, stdio.unread)
 
 
-def _judge(code: str, message: str, broken: OSError | None, unread: OSError | None) -> None:
+def _judge(target: Target, code: str, message: str, broken: OSError | None, unread: OSError | None) -> None:
     if unread is not None:
         raise LocalError(f"cannot read standard input: {unread.strerror}")
     if broken is not None and broken.errno != errno.EPIPE:
@@ -92,4 +92,4 @@ def _judge(code: str, message: str, broken: OSError | None, unread: OSError | No
     if broken is None and code == "forbidden":
         raise ServerRefusedError(message)
     if broken is None and code != "finished":
-        raise StreamError(code, message)
+        raise StreamError(code, f"{target}: {message}" if code == "reset" else message)

@@ -42,6 +42,7 @@ class Failover:
         self._current = 0
         self._links: WeakSet[socket.socket] = WeakSet()  # closed by whoever got them
         self._away_since: float | None = None
+        self._moves = 0  # since a server was last reached
         self.streams_wait: Callable[[], bool] = lambda: False
 
     @property
@@ -70,6 +71,7 @@ class Failover:
                 if at == self._current:
                     self._links.add(sock)
                     self._away_since = None
+                    self._moves = 0
                     return sock, leftover
                 sockets.reset(sock)  # another dial has moved on meanwhile
             if self._current in tried:
@@ -95,7 +97,10 @@ class Failover:
         left = self.url
         self._current = (self._current + 1) % len(self._diallers)
         self._links.clear()
-        _log.info("trying the next server", left=str(left), server=str(self.url), layer=error.layer, reason=str(error))
+        self._moves += 1
+        # One round says it all. While every server is away there is another one every few seconds.
+        log = _log.info if self._moves < len(self._diallers) else _log.debug
+        log("trying the next server", left=str(left), server=str(self.url), layer=error.layer, reason=str(error))
         return True
 
 

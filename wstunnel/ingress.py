@@ -64,6 +64,10 @@ class Wanted:
     holder: Ingress | None = None
 
 
+Way = Callable[[], "tuple[Ingress, str]"]
+"""What opens streams now, and for which forward on reverse links; a StreamError if nothing does any more."""
+
+
 class IngressOwner(Protocol):
     """What a session says about its links. `trouble`: why there are none, in words, or empty."""
 
@@ -214,7 +218,7 @@ class Ingress:
                 self._session.reactor.later(link.flush)
                 return True
         while self.waiting:
-            wanted = self.waiting[0]
+            wanted = self._next()
             self._no_more(wanted)
             if wanted.flow is not None and wanted.flow.outcome is not None:
                 continue
@@ -229,6 +233,14 @@ class Ingress:
             return True
         self.idle[link] = None
         return False
+
+    def _next(self) -> Wanted:
+        """What is served first of what waits: streams, since any sender of datagrams can have a thousand flows wait."""
+        if self._session.principal.waiting:  # flows do not count in it
+            for wanted in self.waiting:
+                if wanted.flow is None:
+                    return wanted
+        return self.waiting[0]
 
     def _take_idle(self) -> Link | None:
         """The link that was used last. Those in their closing handshake are passed over: `lost` comes only after it."""
@@ -306,6 +318,7 @@ class Ingress:
         close.
         """
         self._stopped = True
+        self.flows_refused = "it is stopping"
         self.idle.clear()
         while self.waiting:
             wanted = self.waiting[0]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import enum
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -372,6 +373,14 @@ def parse_listen_rule(text: str) -> ListenRule:
 def may_listen(rules: Sequence[ListenRule], forward: Forward) -> bool:
     """Whether one of the rules lets a client have this place. Without rules none may be had."""
     return any(rule.covers(forward) for rule in rules)
+
+
+def listen_rule_for(forward: Forward) -> str:
+    """The narrowest `--allow-listen` rule that lets a client have this place, as one types it in a shell."""
+    if forward.path:
+        return shlex.quote(f"unix:{forward.path}")
+    port = str(forward.port or "*")  # whatever port the server picks
+    return shlex.quote(join_host_port(forward.bind, port))
 
 
 def denial(target: Target) -> str:

@@ -26,7 +26,7 @@ REFUSAL_SECONDS = 1.0
 """How long a proxy that has said no may go on saying why."""
 SOCKS_ADDRESSES = 4
 """Most addresses of the server that a `socks5` proxy is asked for, one after the other."""
-SOCKS_EXTRA = "pip install 'trio-wstunnel[socks-proxy]'"
+SOCKS_EXTRA = "pip install python-socks"
 # RFC 1928 §6. Of these another address of the server may fare better.
 _ADDRESS_AT_FAULT = frozenset({3, 4, 5, 6, 8})
 _SOCKS_MEANINGS = {
@@ -165,7 +165,7 @@ class ProxyTunnel:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else ConnectionResetError(str(error))
         translated = tls.translate_tls_error(
             cause, f"the proxy {self.proxy.authority}", issuer=issuer_shown(getattr(outer, "_ssl_object", None)),
-            plain="http:// in the proxy's URL",
+            plain="http:// in the proxy's URL", pinned=False,
         )  # fmt: skip
         if isinstance(translated, TrustError):
             return translated

@@ -18,7 +18,7 @@ from wstunnel.endpoints.udp import UdpListener
 from wstunnel.errors import LocalError, StreamError, UsageError
 from wstunnel.forwards import Forward, parse_listen
 from wstunnel.ingress import Ingress, Wanted
-from wstunnel.policy import ListenRule, may_listen
+from wstunnel.policy import ListenRule, listen_rule_for, may_listen
 from wstunnel.wire.messages import Listen, Listening
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class ReverseForwards:
         if not may_listen(self._places.rules, forward):
             raise UsageError(
                 f"the server does not allow listening on {forward.where}; its operator can, with"
-                f" --allow-listen {forward.where}"
+                f" --allow-listen {listen_rule_for(forward)}"
             )
         if len(self._by_id) >= FORWARDS:
             raise UsageError(f"a client may have {FORWARDS} reverse forwards")
@@ -222,6 +222,9 @@ class ReverseForwards:
         for wanted in waiting:
             if wanted.flow is not None and wanted.target and not forward.speaks:
                 wanted.flow.reset(*NO_PROXY)
+            elif wanted.flow is not None:
+                # It belongs to the old session, and so does its forward's id. The next datagram begins another.
+                wanted.flow.reset("shutdown", "another client of the same user has it now")
             elif wanted.dropped is not None and not forward.speaks:
                 wanted.dropped(*NO_PROXY)
             else:

@@ -15,6 +15,7 @@ DATAGRAMS_BYTES = 1024 * 1024
 """Receive queue of a UDP socket, for what comes while other sockets have their turn."""
 
 _LINGER_RESET = struct.pack("ii", 1, 0)
+_LINUX_SO_RCVBUFFORCE = 33  # asm-generic/socket.h; `socket` has no name for it
 _LINUX_TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; `socket` has the name since Python 3.12, and other systems other numbers
 _INT = bytes(4)
 
@@ -87,12 +88,33 @@ def give_up_after(sock: socket.socket, seconds: float) -> None:
         _set_tcp(sock, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-def widen(sock: socket.socket) -> None:
-    """Ask for a receive queue of DATAGRAMS_BYTES; the kernel gives what net.core.rmem_max allows (socket(7))."""
+def ask_when_silent(sock: socket.socket, seconds: int) -> None:
+    """Have the kernel ask the peer of a TCP connection that says nothing whether it is there (SO_KEEPALIVE, tcp(7)).
+
+    After `seconds` of silence, and from then on as the system is set up to. Where it is not there the next read raises
+    TimeoutError or ConnectionResetError. On what is no TCP socket, and of a time that the system cannot set, it does
+    nothing more than SO_KEEPALIVE itself does.
+    """
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DATAGRAMS_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     except OSError:
-        pass  # the usual one has to do
+        return  # dead already
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        _set_tcp(sock, socket.TCP_KEEPIDLE, seconds)
+
+
+def widen(sock: socket.socket) -> None:
+    """Ask for a receive queue of DATAGRAMS_BYTES (socket(7)).
+
+    The kernel gives what net.core.rmem_max allows, which is mostly a fifth of it; to CAP_NET_ADMIN it gives all.
+    """
+    options = [_LINUX_SO_RCVBUFFORCE, socket.SO_RCVBUF] if sys.platform == "linux" else [socket.SO_RCVBUF]
+    for option in options:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, option, DATAGRAMS_BYTES)
+        except OSError:
+            continue  # the usual one has to do
+        return
 
 
 def limit_unsent(sock: socket.socket, size: int) -> None:

@@ -188,7 +188,7 @@ def raise_local(error: OSError, path: Path, verb: str) -> NoReturn:
     """
     if isinstance(error, PermissionError):
         raise LocalError(
-            f"{path} may not be {verb} by this user: run it as the user of the server, or with sudo"
+            f"{path} may not be {verb} by this user: run it as the user to whom it belongs, or with sudo"
         ) from error
     if error.errno == errno.ELOOP:
         raise LocalError(f"{path} is a symbolic link, which is not followed here: put the file itself there") from error

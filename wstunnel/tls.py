@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import socket
 import ssl
 import stat
@@ -366,7 +367,7 @@ def pin_text(pin: bytes) -> str:
 
 
 def translate_tls_error(
-    error: ssl.SSLError | OSError, host: str, *, issuer: str | None = None, plain: str = "ws://"
+    error: ssl.SSLError | OSError, host: str, *, issuer: str | None = None, plain: str = "ws://", pinned: bool = True
 ) -> NetworkError | TrustError:
     """Say what a failed handshake with `host` means and what to do. Returns the error for the caller to raise.
 
@@ -375,9 +376,10 @@ def translate_tls_error(
         host: who was spoken to, as a message names it.
         issuer: who issued the certificate that was shown, see `issuer.issuer_shown`; None if that is not known.
         plain: what a URL begins with that does without TLS.
+        pinned: whether a pin in the login URL would help; it does not with a proxy.
     """
     if isinstance(error, ssl.SSLCertVerificationError):
-        return TrustError(f"{host} did not prove who it is: {_verification_text(error, host, issuer)}")
+        return TrustError(f"{host} did not prove who it is: {_verification_text(error, host, issuer, pinned)}")
     if isinstance(error, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError | ssl.SSLZeroReturnError):
         return NetworkError(
             "tls",
@@ -403,13 +405,14 @@ def translate_tls_error(
     return NetworkError("tls", f"the TLS handshake with {host} failed: {text}")
 
 
-def _verification_text(error: ssl.SSLCertVerificationError, host: str, issuer: str | None) -> str:
+def _verification_text(error: ssl.SSLCertVerificationError, host: str, issuer: str | None, pinned: bool) -> str:
     code = getattr(error, "verify_code", 0)
     if code in _UNKNOWN_ISSUER:
-        text = (
-            "its certificate is self-signed or from an authority that this machine does not know; "
-            "use the login URL with its pin, or --ca"
-        )
+        text = "its certificate is self-signed or from an authority that this machine does not know"
+        if not pinned:
+            text += "" if issuer is None else f"; it was issued by {issuer}"
+            return f"{text}. If you trust that authority, name it with --ca"
+        text += "; use the login URL with its pin, or --ca"
         if issuer is not None:
             text += (
                 f". It was issued by {issuer}: if that is your network's own proxy, which then reads all that goes "
@@ -417,9 +420,10 @@ def _verification_text(error: ssl.SSLCertVerificationError, host: str, issuer: s
             )
         return text
     if code in _WRONG_NAME:
+        asked = re.search("'(.+)'", getattr(error, "verify_message", ""))  # not `host`, with --sni, and without a port
         return (
-            f"its certificate is for other names than {host}; "
-            "use a name that the certificate has, or the login URL with its pin"
+            f"its certificate is for other names than {asked[1] if asked else host}; "
+            "use a name that the certificate has" + (", or the login URL with its pin" if pinned else "")
         )
     if code == _EXPIRED:
         return "its certificate has expired; renew it on the server (and check this machine's clock)"

@@ -119,7 +119,7 @@ def test_the_plan_is_what_the_help_says() -> None:
 
 def test_in_a_pipe(start: Demo, temporary: Path) -> None:
     process = start(SMALL)
-    stdout, stderr = process.communicate(timeout=50)
+    stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (0, "")
     assert "\x1b" not in stdout
     assert "\r" not in stdout
@@ -193,7 +193,7 @@ def test_a_signal_while_starting(start: Demo, temporary: Path, number: int, code
     process = start(LONG)
     pids = wait_until(lambda: len(found := children(process.pid)) >= started and found)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (code, "")
     assert all(gone(pid) for pid in pids.values())
     assert list(temporary.iterdir()) == []
@@ -216,7 +216,7 @@ def test_a_signal_in_the_middle_of_a_transfer(
     assert any(said.startswith(line) for said in process.stdout)
     pids = running(process)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (demo.EXIT_CODES[number], "")
     assert all(gone(pid) for pid in pids.values())
     assert list(temporary.iterdir()) == []
@@ -245,7 +245,7 @@ def test_a_child_that_dies_is_named(start: Demo, temporary: Path, name: str) -> 
     process = start(LONG)
     pids = running(process)
     os.kill(pids[name], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr.startswith(f"wstunnel: error: the demo's {name} was killed by signal 9")
     assert "Traceback" not in stderr
@@ -254,7 +254,7 @@ def test_a_child_that_dies_is_named(start: Demo, temporary: Path, name: str) -> 
 
 def test_a_stream_that_is_lost_in_the_cut_is_an_error(start: Demo, temporary: Path) -> None:
     process = start(FORGETFUL)
-    stdout, stderr = process.communicate(timeout=50)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.match(
         r"wstunnel: error: the stream did not outlive the cut of its connection: the demo failed \(up\): ", stderr
@@ -266,7 +266,7 @@ def test_a_stream_that_is_lost_in_the_cut_is_an_error(start: Demo, temporary: Pa
 
 def test_a_cut_that_hits_nothing_is_an_error(start: Demo, temporary: Path) -> None:
     process = start(PAST)
-    stdout, stderr = process.communicate(timeout=50)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr.startswith("wstunnel: error: the connection of the stream was not cut (up), so this shows nothing")
     assert stdout.count("verified") == 1
@@ -278,7 +278,7 @@ def test_a_reader_that_goes_away(start: Demo, temporary: Path) -> None:
     process = start(SMALL, stdout=writer)
     os.close(writer)
     os.close(reader)
-    _, stderr = process.communicate(timeout=50)
+    _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (1, "")
     assert list(temporary.iterdir()) == []
 
@@ -451,3 +451,10 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "echo of 64 bytes    100 µs p50, 100 µs p99" in out
     assert "opens               1,850 a second" in out
     assert sys.stdout is not None
+
+
+def test_without_standard_output_there_is_nothing_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`wstunnel demo >&-`: descriptor 1 was closed, and Python has no stdout."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with demo_screen.ProgressDisplay("up", 100 << 20) as display:
+        display.show(100 << 20, None)

@@ -14,7 +14,7 @@ import trio
 import wstunnel
 from tests.cli.conftest import ROOT
 from wstunnel.cli import demo_processes
-from wstunnel.cli.demo_processes import Processes
+from wstunnel.cli.demo_processes import Child, Processes
 from wstunnel.errors import LocalError
 
 MODULE = """
@@ -42,10 +42,15 @@ def alive(pid: int) -> bool:
     return True
 
 
+def said(child: Child) -> str | None:
+    """What it wrote, once that is a whole line: unbuffered, Python writes the end of a line by itself."""
+    return child.stdout if child.stdout.endswith("\n") else None
+
+
 async def test_everything_goes_when_it_is_left(temporary: Path) -> None:
     async with Processes() as processes:
         child = processes.start("sleeper", "scripted", "print('up', flush=True); time.sleep(60)")
-        assert await processes.ready(child, lambda: child.stdout or None) == "up\n"
+        assert await processes.ready(child, lambda: said(child)) == "up\n"
         assert [path.name for path in temporary.iterdir()] == [processes.directory.name]
         assert processes.directory.name.startswith("wstunnel-demo-")
         assert processes.directory.stat().st_mode & 0o777 == 0o700
@@ -96,7 +101,7 @@ async def test_a_process_is_told_a_line() -> None:
     async with Processes() as processes:
         child = processes.start("relay", "scripted", "print(input(), flush=True); time.sleep(60)")
         child.tell("4711")
-        assert await processes.ready(child, lambda: child.stdout or None) == "4711\n"
+        assert await processes.ready(child, lambda: said(child)) == "4711\n"
 
 
 async def test_a_process_that_has_ended_is_told_nothing() -> None:

@@ -26,7 +26,7 @@ class Standing:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         said: queue.Queue[str] = queue.Queue()
         monkeypatch.setattr(demo_relay, "_say", said.put)
-        self.said: Said = lambda: said.get(timeout=10)
+        self.said: Said = lambda: said.get(timeout=30)
         self.server = socket.create_server(("127.0.0.1", 0))
         self.server.settimeout(10)
         orders, self._orders = os.pipe()
@@ -47,7 +47,7 @@ class Standing:
 
     def connect(self) -> tuple[socket.socket, socket.socket]:
         """A connection through the relay: the client's end and the server's."""
-        client = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         self._sockets.append(client)
         server, _ = self.server.accept()
         server.settimeout(10)
@@ -130,7 +130,7 @@ def test_a_server_that_is_away_is_a_reset(standing: Standing) -> None:
     standing.server.close()
     address = ("127.0.0.1", standing.port)
     # The reset may come before connect() has returned, or after.
-    with pytest.raises(ConnectionResetError), socket.create_connection(address, timeout=10) as client:
+    with pytest.raises(ConnectionResetError), socket.create_connection(address, timeout=30) as client:
         client.recv(1)
 
 
@@ -217,7 +217,7 @@ def test_the_program_prints_its_port_and_ends_with_its_stdin(program: Program) -
         assert process.stdin is not None
         word, port = process.stdout.readline().split()
         assert word == "listening"
-        with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as client:
+        with socket.create_connection(("127.0.0.1", int(port)), timeout=30) as client:
             accepted, _ = server.accept()
             with accepted:
                 client.sendall(b"x")

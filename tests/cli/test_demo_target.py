@@ -99,13 +99,13 @@ def test_a_digest_that_ends_early() -> None:
 
 
 def test_an_unknown_service_is_closed(target: tuple[str, int]) -> None:
-    with socket.create_connection(target, timeout=10) as connection:
+    with socket.create_connection(target, timeout=30) as connection:
         connection.sendall(b"?")
         assert connection.recv(1) == b""
 
 
 def test_a_broken_connection_does_not_end_the_target(target: tuple[str, int]) -> None:
-    with socket.create_connection(target, timeout=10) as connection:
+    with socket.create_connection(target, timeout=30) as connection:
         connection.sendall(demo_target.DOWNLOAD + b"\0")  # and no more of its eight bytes
     Load(target, Progress()).first_echo()
 

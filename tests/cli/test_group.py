@@ -55,7 +55,7 @@ try:
 except SystemExit as error:
     print(json.dumps([error.code, sorted(sys.modules)]))
 """
-    stdout, stderr = program("-c", code).communicate(timeout=30)
+    stdout, stderr = program("-c", code).communicate(timeout=60)
     version, _, report = stdout.partition("\n")
     status, modules = json.loads(report)
     assert (version, status, stderr) == ("wstunnel 0.1.0", 0, "")
@@ -80,7 +80,7 @@ except SystemExit as error:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_modules_import_nothing_heavy(program: Program, command: str) -> None:
     code = f"import sys, wstunnel.cli.{command}; print(*sys.modules)"
-    stdout, _ = program("-c", code).communicate(timeout=30)
+    stdout, _ = program("-c", code).communicate(timeout=60)
     modules = set(stdout.split())
     assert f"wstunnel.cli.{command}" in modules
     assert not {"trio", "ssl", "cryptography", "msgspec", "h11", "websockets"} & modules
@@ -139,6 +139,17 @@ def test_mistakes(invoke: Invoke, arguments: list[str], message: str, program_pa
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--log-format", "json", "--foo"], ["--foo", "--log-format=json"], ["--log-format=json", "--idle-links", "0"]],
+)
+def test_mistakes_as_json(invoke: Invoke, arguments: list[str]) -> None:
+    result = invoke("client", *arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert json.loads(line)["level"] == "error"
+
+
 def test_a_flag_without_its_value(invoke: Invoke) -> None:
     result = invoke("server", "--port")
     assert (result.exit_code, result.stderr) == (2, "wstunnel: error: Option '--port' requires an argument.\n")
@@ -156,7 +167,7 @@ def test_a_flag_without_its_value(invoke: Invoke) -> None:
 )
 def test_interrupt_while_importing(program: Program, module: str, arguments: list[str]) -> None:
     process = program("-c", SIGNAL_ON_IMPORT, module, *arguments)
-    stdout, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert "Error" not in stderr
@@ -168,7 +179,7 @@ def test_a_reader_that_goes_away_is_met_with_silence(program: Program) -> None:
     os.close(reader)
     process = program("-m", "wstunnel", "--help", stdout=writer)
     os.close(writer)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (1, "")
 
 
@@ -176,14 +187,14 @@ def test_a_reader_that_goes_away_is_met_with_silence(program: Program) -> None:
 def test_a_full_disk_is_an_error(program: Program) -> None:
     with open("/dev/full", "w") as full:
         process = program("-m", "wstunnel", "invite", "--host", "a", stdout=full)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr.splitlines()[-1] == "wstunnel: error: cannot write to standard output: No space left on device"
 
 
 def test_installed_entry_point_is_main(program: Program) -> None:
     process = program("-m", "wstunnel", "--version", stderr=subprocess.STDOUT)
-    assert process.communicate(timeout=30)[0] == "wstunnel 0.1.0\n"
+    assert process.communicate(timeout=60)[0] == "wstunnel 0.1.0\n"
     assert process.returncode == 0
 
 

@@ -54,6 +54,22 @@ def test_a_signal_asks_for_an_orderly_end(number: int, code: int) -> None:
     assert orderly
 
 
+def test_a_hangup_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nohup wstunnel client …`: the terminal may go."""
+
+    async def role(*, shutdown: trio.Event, task_status: trio.TaskStatus[Any]) -> int:
+        send(signal.SIGHUP)
+        send(signal.SIGUSR1)
+        await shutdown.wait()
+        return 0
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert running.run(role, {signal.SIGHUP: 9, **CODES}) == CODES[signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_cancels_and_the_first_decides_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "STOP_SECONDS", 3600.0)  # so that nothing but the signal cancels
     cancelled = False
@@ -161,12 +177,12 @@ def test_a_third_signal_leaves_even_a_stuck_role(program: Program) -> None:
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGTERM)  # the first was taken, as "asked" shows: of one kind, two could merge into one
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM), stderr  # whichever was seen third
     assert stderr == ""
 
 
 def test_an_interrupt_just_before_trio_starts(program: Program) -> None:
     process = program("-c", BEFORE_TRIO)
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 130

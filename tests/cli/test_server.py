@@ -97,6 +97,9 @@ def test_plain_endpoints(invoke: Invoke, captured: Captured) -> None:
         (["--endpoint", "/a=a:1", "--endpoint", "/a=b:1"], "--endpoint: the path /a is an endpoint's already"),
         (["--endpoint", "/a=b"], "--endpoint: the port is missing\n    /a=b\n        ^\nexpected: /PATH=[tcp:]HOST"),
         (["--allow-origin", "app.example"], "--allow-origin: an origin begins with a scheme and '://'\n    app."),
+        (["--allow-origin", "https://a.example"], "--allow-origin is for endpoints, and there is none"),
+        (["--endpoint-text"], "--endpoint-text is for endpoints, and there is none"),
+        (["--endpoint-auth", "none"], "--endpoint-auth is for endpoints, and there is none"),
     ],
 )
 def test_endpoints_that_cannot_be(invoke: Invoke, captured: Captured, arguments: list[str], message: str) -> None:
@@ -126,7 +129,8 @@ def test_the_state_directory_of_systemd(
         (["--port", "-1"], "-1 is not in the range"),
         (["--port", "http"], "'http' is not a valid"),
         (["--bind", "localhost"], "--bind: not an IP address\n    localhost\n    ^\nexpected: an IP address"),
-        (["--bind", "1.2.3.4:80"], "--bind: not an IP address"),
+        (["--bind", "1.2.3.4:80"], "--bind: an address without a port is wanted here\n    1.2.3.4:80\n           ^\n"),
+        (["--bind", "[::1]:80"], "--bind: an address without a port is wanted here\n    [::1]:80\n         ^\n"),
         (["--bind", "unix:run/x"], "--bind: the path of a socket starts with '/'\n    unix:run/x\n         ^\n"),
         (["--bind", "unix:/x;mode=9"], "--bind: after ';' comes mode=600"),
         (["--bind", "unix:/x", "--bind", "unix:/x;mode=666"], "--bind: one Unix socket is named twice"),
@@ -175,7 +179,7 @@ def test_an_unusable_state_directory(invoke: Invoke, captured: Captured, tmp_pat
 
 def failed(process: subprocess.Popen[str]) -> str:
     """The one line of a program that failed with exit code 1."""
-    stdout, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1, stderr
     assert stdout == ""
     lines = stderr.splitlines()
@@ -244,7 +248,7 @@ def run_as(nobody: tuple[list[str], Path], python: str, *flags: str) -> subproce
     prefix, directory = nobody
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(directory)}
     command = [*prefix, python, "-m", "wstunnel", "server", "--state-dir", str(directory / "s"), *flags]
-    return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import pytest
 import trio
 
 from tests.cli.conftest import Program, wait_for
+from tests.ports import unused_port
 from wstunnel import limits
 from wstunnel.auth import LoginUrl, Token, Users
 from wstunnel.cli import running
@@ -132,8 +133,7 @@ class TestRoles:
         token = Token.new()
         Users(certified).add_token("default", token)
         url = LoginUrl("wss", "127.0.0.1", announcement.port, "/", token, announcement.pins)
-        with socket.create_server(("127.0.0.1", 0)) as reserved:
-            port = reserved.getsockname()[1]
+        port = unused_port()
         client, client_modules = watch("client", url.reveal(), "-L", f"{port}:127.0.0.1:{echo}")
 
         def connected() -> socket.socket | None:
@@ -175,7 +175,7 @@ class TestRoles:
 class TestCollector:
     def test_it_is_off_while_modules_load(self, program: Program) -> None:
         code = "import gc; from wstunnel.cli import main; gc.callbacks.append(print); main(['--version'])"
-        stdout, _ = program("-c", code).communicate(timeout=30)
+        stdout, _ = program("-c", code).communicate(timeout=60)
         assert stdout == "wstunnel 0.1.0\n"
 
     def test_a_role_runs_with_it_on_and_without_what_was_there_before(self) -> None:

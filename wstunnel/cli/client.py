@@ -16,6 +16,7 @@ from wstunnel.cli import options, reach, reports
 from wstunnel.errors import LocalError, UsageError
 
 if TYPE_CHECKING:
+    from wstunnel.config import ClientConfig
     from wstunnel.forwards import Forward
 
 LOGIN_BYTES = 255
@@ -65,6 +66,21 @@ def _read_login(path: Path | None) -> tuple[bytes, bytes] | None:
     if not (user and colon and password) or max(len(user), len(password)) > LOGIN_BYTES:
         raise UsageError(f"--dynamic-login: the first line of {path} is not USER:PASSWORD, each of 1 to 255 bytes")
     return user, password
+
+
+def _warn_of_open_proxies(config: ClientConfig) -> None:
+    """Say which proxies anybody may use who reaches their port: that is seldom meant."""
+    from wstunnel import logs
+
+    log = logs.logger("cli")
+    for forward in config.reverse_forwards:
+        if forward.speaks and not all(map(reach.is_loopback, forward.addresses)):
+            log.warning("whoever reaches this port of the server can go out through this machine", forward=str(forward))
+    for forward in config.local_forwards:
+        if forward.speaks and config.dynamic_login is None and not all(map(reach.is_loopback, forward.addresses)):
+            log.warning(
+                "whoever reaches this port can use the proxy: --dynamic-login asks for a password", forward=str(forward)
+            )
 
 
 @click.command(
@@ -160,6 +176,9 @@ def client(
             grammar="-L [BIND:]PORT:HOST:HOSTPORT, as in -L 5432:db:5432",
         )
 
+    if dynamic_login is not None and not (socks_proxies or http_proxies):
+        raise UsageError("--dynamic-login is for -D and --http-proxy, and there is neither: -R has no login")
+
     from wstunnel import logs
     from wstunnel.cli import running
     from wstunnel.client import run
@@ -177,4 +196,5 @@ def client(
         exit_on_forward_failure=exit_on_forward_failure,
         **server,
     )
-    return running.run(partial(run, config), {signal.SIGTERM: 0, signal.SIGINT: 130})
+    _warn_of_open_proxies(config)
+    return running.run(partial(run, config), {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129})

@@ -45,7 +45,7 @@ class ProgressDisplay:
         self._bar = click.progressbar(
             length=total, label=f"{label:<5}", show_eta=False, width=BAR, item_show_func=self._beside
         )
-        self._terminal = sys.stdout.isatty()
+        self._terminal = sys.stdout is not None and sys.stdout.isatty()  # None: descriptor 1 was closed
 
     def __enter__(self) -> ProgressDisplay:
         if self._terminal:

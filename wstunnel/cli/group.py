@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -46,13 +47,13 @@ class LazyGroup(click.Group):
                 reports.failure(error, reports.verbosity(ctx), ctx.meta.get(reports.LOG_FORMAT, "text"))
             ) from None
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
         """As `click.Command.main`, in the program's own words. Always exits."""
         kwargs["standalone_mode"] = False
         try:
-            code = super().main(*args, **kwargs)
+            code = super().main(args, *rest, **kwargs)
         except click.ClickException as error:
-            reports.usage(error)
+            reports.usage(error, sys.argv[1:] if args is None else args)
             code = error.exit_code
         except click.Abort:  # end of input at a prompt
             reports.complain("aborted")

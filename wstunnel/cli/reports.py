@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 import click
@@ -95,12 +95,20 @@ def masked(text: str) -> str:
     return _SECRET.sub("***", text)
 
 
-def usage(error: click.ClickException) -> None:
-    """Say what is wrong with the command line, and how the right one reads."""
+def usage(error: click.ClickException, arguments: Sequence[str] = ()) -> None:
+    """Say what is wrong with the command line, and how the right one reads.
+
+    Args:
+        error: what click found.
+        arguments: the command line. An option that does not exist is found before any is looked at, `--log-format` too.
+    """
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         _write(error.format_message())  # the help page itself
         return
     ctx = error.ctx if isinstance(error, click.UsageError) else None
+    if re.search(r"(?:^|\0)--log-format(?:=|\0)json(?:\0|$)", "\0".join(arguments)):
+        _end(error.format_message(), "json", 0)
+        return
     complain(error.format_message())
     if ctx is not None:
         _write(f"{ctx.get_usage()}\nTry '{ctx.command_path} --help'.")

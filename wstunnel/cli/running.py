@@ -43,7 +43,8 @@ def run(role: Role, exit_codes: Mapping[signal.Signals, int]) -> int:
 
     Args:
         role: see `Role`.
-        exit_codes: the signals to obey, each with the code to exit with when it was the first.
+        exit_codes: the signals to obey, each with the code to exit with when it was the first. SIGHUP is not among
+            them where it is ignored already.
 
     Returns:
         The exit code.
@@ -56,6 +57,8 @@ def run(role: Role, exit_codes: Mapping[signal.Signals, int]) -> int:
     # Trio leaves a handler alone that is not Python's own. This one covers the moments before and after the receiver,
     # when nothing is open: raising there would end inside Trio's own machinery.
     before = signal.signal(signal.SIGINT, _leave)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: whoever started it means it to outlive the terminal
+        exit_codes = {number: code for number, code in exit_codes.items() if number != signal.SIGHUP}
     thresholds = gc.get_threshold()
     # 30,000 objects of the modules, which never go, need not be looked at again: 11 ms of every full collection.
     gc.freeze()

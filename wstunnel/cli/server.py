@@ -201,6 +201,12 @@ def server(
     files = tuple(place for place in bind if not isinstance(place, str))
     if len({path for path, _ in files}) < len(files):
         raise click.UsageError("--bind: one Unix socket is named twice", ctx)
+    if not endpoints:
+        auth = endpoint_auth != "token"
+        unused = {"--endpoint-auth": auth, "--endpoint-text": endpoint_text, "--allow-origin": bool(allow_origins)}
+        flag = next((flag for flag, given in unused.items() if given), None)
+        if flag is not None:
+            raise click.UsageError(f"{flag} is for endpoints, and there is none: give --endpoint too", ctx)
     if files and not addresses and ctx.get_parameter_source("port") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--port is for TCP, and --bind names Unix sockets only: leave it out", ctx)
 
