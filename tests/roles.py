@@ -20,6 +20,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.memory import MemoryReactor, MemorySocket
+from tests.ports import unused_port
 from wstunnel import client as client_module
 from wstunnel import egress as egress_module
 from wstunnel import limits, reverse_server
@@ -43,7 +44,7 @@ from wstunnel.stream import Stream
 from wstunnel.targets import Target, join_host_port
 from wstunnel.wire.protocol import LinkProtocol
 
-SECONDS = 20.0
+SECONDS = 45.0
 """Longest wait for anything that must come."""
 
 
@@ -197,10 +198,8 @@ async def ready(client: RunningClient) -> None:
 
 
 def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port on which nothing listens."""
+    return unused_port()
 
 
 class Targets:

@@ -13,6 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.ports import unused_port
 from wstunnel import dial, limits
 from wstunnel.dial import (
     Begun,
@@ -24,7 +25,7 @@ from wstunnel.dial import (
     is_local_address,
     source_addresses,
 )
-from wstunnel.errors import LocalError, NetworkError, StreamError
+from wstunnel.errors import LocalError, NetworkError, StreamError, UsageError
 from wstunnel.policy import Policy, parse_rule
 from wstunnel.targets import Target, join_host_port, parse_target
 
@@ -161,12 +162,6 @@ def full_listener() -> Iterator[tuple[str, int]]:
             filler.close()
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def descriptors() -> int:
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
@@ -255,7 +250,7 @@ class TestRealSockets:
         assert dialled == f"127.0.0.1:{port}"
 
     async def test_refused(self) -> None:
-        port = free_port()
+        port = unused_port()
         before = descriptors()
         with pytest.raises(StreamError) as caught:
             await dial_target(parse_target(f"127.0.0.1:{port}"), OPEN, limiter=None)
@@ -344,7 +339,7 @@ class TestRealSockets:
         assert caught.value.code == "limit"
 
     async def test_a_socket_that_connected_to_itself_is_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        port = free_port()
+        port = unused_port()
         monkeypatch.setattr(socket, "socket", Selfish)
         before = descriptors()
         with pytest.raises(ConnectionRefusedError):
@@ -396,7 +391,7 @@ class TestBeginDial:
                 assert await self.go_on(begun, target) == (begun.sock, target)
 
     def test_refused(self) -> None:
-        port = free_port()
+        port = unused_port()
         before = descriptors()
         with pytest.raises(StreamError) as caught:
             begin_dial(parse_target(f"127.0.0.1:{port}"), OPEN)
@@ -504,7 +499,7 @@ class TestBeginDial:
             accepted.recv(1)
 
     def test_a_socket_that_connected_to_itself_is_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        port = free_port()
+        port = unused_port()
         monkeypatch.setattr(socket, "socket", Selfish)
         before = descriptors()
         with pytest.raises(StreamError) as caught:
@@ -518,7 +513,7 @@ class TestBeginDial:
         class Both(Selfish, Slow):
             pass
 
-        port = free_port()
+        port = unused_port()
         monkeypatch.setattr(socket, "socket", Both)
         begun = begin_dial(parse_target(f"127.0.0.1:{port}"), OPEN)
         assert begun is not None
@@ -900,7 +895,7 @@ class TestSources:
     def test_one_of_a_family(self) -> None:
         assert source_addresses(()) == {}
         assert source_addresses(("127.0.0.2",)) == {socket.AF_INET: "127.0.0.2"}
-        with pytest.raises(LocalError, match="of one family"):
+        with pytest.raises(UsageError, match="of one family"):
             source_addresses(("127.0.0.2", "127.0.0.3"))
 
     def test_it_must_be_this_machines(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import random
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +23,12 @@ from wstunnel.dial import Begun, _permitted_family
 from wstunnel.endpoints.listeners import Bound
 from wstunnel.endpoints.udp import REFUSED_SECONDS, UdpListener
 from wstunnel.errors import LocalError, StreamError
-from wstunnel.flow import DialledFlow, Flow
+from wstunnel.flow import READ_DATAGRAMS, DialledFlow, Flow
+from wstunnel.flows import LOG_LINES
 from wstunnel.forwards import Forward
+from wstunnel.ingress import Wanted
 from wstunnel.policy import Policy, parse_rule
+from wstunnel.stream import Stream
 from wstunnel.targets import Target, address_family
 from wstunnel.wire.datagrams import HEADER_BYTES
 from wstunnel.wire.messages import FEATURES, Hello
@@ -43,12 +48,14 @@ class Datagrams:
         sock: what the forward listens on.
         listener: on it.
         targets: the sockets that the egress has made, in order.
+        resolve: what resolves names, as the last dial was told.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.sock = MemoryDatagrams()
         self.targets: list[MemoryDatagrams] = []
+        self.resolve: Any = None
         self.listener: UdpListener
 
     def begin_dial(self, target: Target, policy: Policy, sources: object) -> Begun | None:
@@ -62,6 +69,7 @@ class Datagrams:
         return Begun(self.targets[-1], (target.host, target.port), True)  # type: ignore[arg-type]
 
     async def dial_target(self, target: Target, policy: Policy, **options: Any) -> tuple[Any, str]:
+        self.resolve = options.pop("resolve", None)
         sock, address = await self.world.dial_target(target, policy, **options)
         if target.kind != "udp":
             return sock, address
@@ -173,6 +181,34 @@ class TestThereAndBack:
         await it.world.settle()
         assert it.sock.take() == many
         assert it.near[0].lost() == it.far[0].lost() == 0
+
+    async def test_a_turn_reads_few_however_small_they_are(self, make: Make) -> None:
+        it = await warm(make)
+        await it.arrive(b"first")
+        it.sock.arrive(*[b""] * 1000, source=ONE)
+        it.targets[0].arrive(*[b""] * 1000)
+        it.world.client_reactor.turn(it.listener)
+        it.world.server_reactor.turn(it.far[0])
+        assert len(it.sock.arrived) == len(it.targets[0].arrived) == 1000 - READ_DATAGRAMS
+        await it.world.settle()
+        assert len(it.targets[0].take()) == len(it.sock.take()) + 1 == 1001
+
+    async def test_one_that_is_too_long_is_lost_and_nothing_else(self, make: Make, lines: LogLines) -> None:
+        """Over IPv6 there are such."""
+        it = await warm(make)
+        for reactor in (it.world.client_reactor, it.world.server_reactor):
+            reactor.scratch = memoryview(bytearray(limits.SCRATCH_BYTES))
+        await it.arrive(b"one")
+        link = it.near[0].link
+        long = [bytes(limits.DATAGRAM_BYTES + 1), bytes(limits.DATAGRAM_BYTES + 20)]
+        await it.arrive(*long, b"two")
+        it.targets[0].arrive(*long, b"back")
+        await it.world.settle()
+        assert it.targets[0].take() == [b"one", b"two"]
+        assert it.sock.take() == [b"back"]
+        assert it.near[0].link is link
+        assert it.near[0].lost() == it.far[0].lost() == 2
+        assert not lines("fault in our own code")
 
     async def test_a_full_socket_loses_datagrams_and_nothing_else(self, make: Make, lines: LogLines) -> None:
         it = await warm(make)
@@ -360,8 +396,28 @@ class TestEnds:
             it.world.session.sweep(trio.current_time())
             await it.world.settle()
         assert it.near == [first]
+        await it.arrive(b"again")
+        assert it.targets[2].take() == [b"again"], "the next datagram does not wait for the answer"
         first.link.lose("cut")
-        assert not it.near
+        await it.arrive(b"and again")
+        assert it.targets[2].take() == [b"and again"]
+        assert len(it.near) == 1
+
+    async def test_what_comes_for_one_that_ends_is_held_by_nobody(self, make: Make) -> None:
+        it = await warm(make)
+        await it.arrive(b"one")
+        flow = it.far[0]
+        assert isinstance(flow, DialledFlow)
+        link: Any = flow.link
+        link.sock.outgoing.room = 0
+        it.targets[0].arrive(bytes(1000))
+        it.world.server_reactor.turn(flow)
+        flow.reset("idle", "")  # which the connection does not take
+        await it.arrive(b"late", b"later")
+        assert flow.lost() >= 2
+        link.sock.outgoing.room = None
+        await it.world.settle()
+        it.left_nothing()
 
     async def test_a_flow_dies_with_its_link(self, make: Make, lines: LogLines) -> None:
         it = await warm(make)
@@ -396,6 +452,41 @@ class TestEnds:
         mock_clock.jump(REFUSED_SECONDS)
         await it.arrive(b"again")
         assert it.targets[1].take() == [b"again"]
+
+    async def test_the_names_other_addresses_are_tried_next(
+        self, make: Make, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        it = await warm(make, "udp:localhost:53")
+        answers = [(0, 0, 0, "", ("10.0.0.5", 53)), (0, 0, 0, "", ("::1", 53, 0, 0)), (0, 0, 0, "", ("10.0.0.6", 53))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: list(answers))
+
+        async def order(datagram: bytes) -> list[str]:
+            mock_clock.jump(REFUSED_SECONDS)
+            await it.arrive(datagram)
+            return [answer[4][0] for answer in it.resolve("localhost", 53)]
+
+        assert await order(b"one") == ["10.0.0.5", "::1", "10.0.0.6"]
+        it.targets[0].error = errno.ECONNREFUSED
+        await it.world.settle()
+        assert await order(b"two") == ["::1", "10.0.0.6", "10.0.0.5"]
+        (flow,) = it.far
+        flow.address = "[::1]:53"
+        it.targets[1].error = errno.EHOSTUNREACH
+        await it.world.settle()
+        assert await order(b"three") == ["10.0.0.6", "10.0.0.5", "::1"]
+        it.targets[2].error = errno.ECONNREFUSED  # 10.0.0.5 again: ::1 has had longer to come back
+        await it.world.settle()
+        assert await order(b"four") == ["10.0.0.6", "::1", "10.0.0.5"]
+        it.near[0].reset("refused", "the peer says so")
+        await it.world.settle()
+        assert await order(b"five") == ["10.0.0.6", "::1", "10.0.0.5"]
+
+    async def test_not_so_many_addresses_are_remembered(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(egress_module, "REFUSALS", 2)
+        egress = (await warm(make)).world.server.egress
+        for address in ("10.0.0.1:53", "10.0.0.2:53", "10.0.0.1:53", "10.0.0.3:53"):
+            egress._note_refusal(address)
+        assert list(egress._refusals) == ["10.0.0.1:53", "10.0.0.3:53"]
 
     async def test_replies_before_the_refusal_arrive(self, make: Make) -> None:
         it = await warm(make)
@@ -490,6 +581,41 @@ class TestLimits:
         assert [flow.peer.split(":")[1] for flow in it.near] == ["0", "1", "7"]
         assert lines("flow ended", "client")[0]["reason"] == "limit"
         assert len(it.listener.flows) == len(it.far) == 3
+        await it.arrive(b"at once", source=("192.0.2.1", 2))
+        assert it.targets[-1].take() == [b"at once"], "it was not refused: it goes on as the newest"
+
+    async def test_however_many_come_at_once(self, make: Make) -> None:
+        """All in one turn: no reset has been answered yet."""
+        it = await warm(make)
+        it.listener.flows.most = 3
+        for port in range(3):
+            await it.arrive(b"x", source=("192.0.2.1", port))
+        for port in range(100, 300):
+            it.sock.arrive(b"y", source=("192.0.2.1", port))
+        while it.sock.arrived:
+            it.world.client_reactor.turn(it.listener)
+            assert len(it.listener.flows) == 3
+        assert len(it.near) <= 2 * 3 + it.world.session._least
+        assert len(it.world.session.ingress.waiting) <= 3
+        await it.world.settle()
+        assert len(it.listener.flows) == len(it.near) == len(it.far) == 3
+
+    async def test_a_stream_does_not_wait_behind_them(self, make: Make) -> None:
+        """Whoever can send datagrams from many ports must not keep connections out."""
+        it = await warm(make)
+        ingress = it.world.session.ingress
+        first, second, *_ = list(ingress.idle)
+        ingress.idle.clear()
+        for port in range(20):
+            it.sock.arrive(b"x", source=("192.0.2.1", port))
+        it.world.client_reactor.turn(it.listener)
+        it.world.connect(b"hello")
+        assert len(ingress.waiting) == 21
+        ingress.offer(first)
+        ingress.offer(second)
+        assert isinstance(first.stream, Stream)
+        assert isinstance(second.stream, Flow)
+        assert second.stream.peer == "192.0.2.1:0"
 
     async def test_while_they_wait_for_links_nobody_takes_a_place(self, make: Make) -> None:
         it = make()
@@ -530,6 +656,41 @@ class TestLimits:
         assert len(it.world.dialled) == 10
         await it.arrive(b"x", source=("192.0.2.1", 9))
         assert len(it.world.dialled) == 10
+
+
+class TestLog:
+    async def test_only_so_many_lines_a_second(self, make: Make, lines: LogLines) -> None:
+        it = await warm(make)
+        it.world.refusal = StreamError("unreachable", "no way")
+        for port in range(LOG_LINES + 20):
+            await it.arrive(b"x", source=("192.0.2.1", port))
+        for role, session in (("client", it.world.session), ("server", it.world.far_session)):
+            assert len(lines("flow refused", role)) == LOG_LINES
+            session.sweep(trio.current_time())
+            (line,) = lines("more flows than the log tells of", role)
+            assert line["refused"] == 20
+        await it.arrive(b"x", source=("192.0.2.2", 1))
+        assert len(lines("flow refused", "client")) == LOG_LINES + 1
+        it.world.session.sweep(trio.current_time())
+        assert len(lines("more flows than the log tells of", "client")) == 1
+
+    async def test_at_the_end_of_the_session(self, make: Make, lines: LogLines) -> None:
+        it = await warm(make)
+        for port in range(LOG_LINES - 10):
+            await it.arrive(b"x", source=("192.0.2.1", port))
+        it.world.session.close(1000, "done")
+        await it.world.settle()
+        assert len(lines("flow ended", "client")) == 10
+        (line,) = lines("more flows than the log tells of", "client")
+        assert (line["ended"], line.get("opened")) == (LOG_LINES - 20, None)
+
+    async def test_after_it_there_are_none(self, make: Make, lines: LogLines) -> None:
+        it = await warm(make)
+        it.world.session.stop()
+        await it.world.settle()
+        await it.arrive(b"x")
+        assert not it.near
+        assert not lines("flow refused")
 
 
 class TestRefusals:
@@ -626,7 +787,8 @@ class TestReverse:
         (place,) = it.world.far_session.reverse._by_id.values()
         (acceptor,) = place.acceptors
         assert isinstance(acceptor, UdpListener)
-        acceptor._flows._forward = "7"
+        ingress = it.world.far_session.ingress
+        acceptor._flows._way = lambda: (ingress, "7")
         await it.arrive(b"one")
         assert not it.world.dialled
         assert lines("flow refused", "server")[0]["detail"] == "no such forward"
@@ -672,6 +834,23 @@ class TestReverse:
         assert flow.outcome == ("shutdown", "another client of the same user has it now")
         assert not made.ingress.waiting
 
+    async def test_nor_what_a_relays_application_has_sent(self, make: Make) -> None:
+        """It would name the forward as the first session does."""
+        world = make(reverse=["8080"], allow_listen=["8080"]).world
+        await world.warm()
+        await world.settle()
+        far = world.far_session
+        far.ingress.idle.clear()
+        flow = far.ingress.make_flow("udp:dns:53", "192.0.2.1:6", forward="1", receive=lambda _: True)
+        far.ingress.accepted(Wanted(flow.target, flow.peer, forward="1", flow=flow))
+        place = next(iter(far.reverse._by_id.values()))
+        made: Any = server_session_module.ServerSession(
+            "o" * 22, far.principal, world.server, Hello(version=1, session="o" * 22, role="control")
+        )
+        far.reverse.hand_over(place, made.reverse, "2", place.forward)
+        assert flow.outcome == ("shutdown", "another client of the same user has it now")
+        assert not made.ingress.waiting
+
     async def test_a_server_that_knows_no_udp(
         self, make: Make, monkeypatch: pytest.MonkeyPatch, lines: LogLines
     ) -> None:
@@ -692,6 +871,91 @@ class TestReverse:
         await it.world.settle()
         assert lines("listening refused", "server")
         assert not it.world.far_session.reverse
+
+
+class TestAnything:
+    """Whatever comes in whatever order: the table holds what lives, nothing is held for what does not."""
+
+    @pytest.mark.parametrize("seed", range(20))
+    async def test_at_random(self, make: Make, mock_clock: MockClock, lines: LogLines, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.clock = mock_clock
+        it = await warm(make, "udp:db:53" if seed % 2 else TARGET)
+        it.listener.flows.most = 5
+        it.world.far_session.flows.timeout = 70
+        for _ in range(150):
+            self.step(it)
+            if self.random.random() < 0.7:
+                await it.world.settle()
+            else:
+                it.world.client_reactor.turn_all()
+            self.check(it)
+        await self.calm(it)
+        self.left_nothing(it, lines)
+        await it.arrive(b"at last")
+        assert it.targets[-1].take() == [b"at last"]
+
+    def step(self, it: Datagrams) -> None:
+        choose = self.random.choice
+        links = [flow.link for flow in it.near if flow.link is not None] + list(it.world.session.ingress.idle)
+        open_targets = [target for target in it.targets if not target.closed]
+        what = self.random.random()
+        if what < 0.45:
+            size = choose([0, 1, 100, 1400, 4000])
+            it.sock.arrive(*[bytes(size)] * choose([1, 2, 90]), source=("192.0.2.1", choose(range(9))))
+        elif what < 0.6 and open_targets:
+            choose(open_targets).arrive(*[bytes(choose([0, 10, 3000]))] * choose([1, 2, 90]))
+        elif what < 0.68 and open_targets:
+            choose(open_targets).error = choose([errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EMSGSIZE])
+        elif what < 0.73 and links:
+            it.world.cut(choose(links))
+        elif what < 0.76 and links:
+            it.world.freeze(choose(links))
+        elif what < 0.82 and links:
+            sock: Any = choose(links).sock
+            if sock is not None:
+                choose([sock, sock.peer]).outgoing.room = choose([0, 7, 5000, None])
+        elif what < 0.88:
+            self.clock.jump(choose([0.5, 1, 5, 30, 61]))
+        elif what < 0.94:
+            self.sweep(it)
+        elif what < 0.97 and it.far:
+            choose(it.far).reset("limit", "")
+        elif it.near:
+            choose(it.near).reset("idle", "")
+
+    def sweep(self, it: Datagrams) -> None:
+        for session in (it.world.session, *it.world.server._sessions.values()):
+            session.sweep(trio.current_time())
+
+    def check(self, it: Datagrams) -> None:
+        table = it.listener.flows
+        assert len(table) <= table.most >= len(table._refused)
+        assert set(table._flows.values()) == {flow for flow in it.near if flow.reason is None}
+        principal = it.world.session.principal
+        assert principal.streams == principal.accepted == len(it.near)
+        held = sum(flow.state.queue._held + len(flow.state._arriving or b"") for flow in it.near)
+        assert principal.budget.held == held
+
+    async def calm(self, it: Datagrams) -> None:
+        for pair in it.world.sockets:
+            for sock in pair:
+                sock.outgoing.room = None
+        await it.world.settle()
+        for _ in range(30):
+            self.clock.jump(10)
+            await it.world.settle()
+            self.sweep(it)
+            await it.world.settle()
+
+    def left_nothing(self, it: Datagrams, lines: LogLines) -> None:
+        assert not it.near
+        assert not it.listener.flows._flows
+        for session in (it.world.session, *it.world.server._sessions.values()):
+            assert not session.flows
+            assert session.principal.budget.held == session.principal.streams == 0
+        assert all(target.closed for target in it.targets)
+        assert not lines("fault in our own code")
 
 
 async def test_nothing_is_left(make: Make, autojump_clock: MockClock) -> None:

@@ -1572,8 +1572,7 @@ class TestOverLoopback:
                     assert list(session.reverse._by_id) == ["2"]
 
     async def test_a_target_that_refuses(self, tmp_path: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as gone:
-            port = gone.getsockname()[1]
+        port = free_port()
         specs = parse_reverse(f"0:127.0.0.1:{port}")
         async with (
             serving(tmp_path, **allowing("*:*")) as server,

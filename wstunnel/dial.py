@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from wstunnel import limits, sockets
-from wstunnel.errors import LocalError, NetworkError, StreamError
+from wstunnel.errors import LocalError, NetworkError, StreamError, UsageError
 from wstunnel.policy import NameVerdict, Policy, denial
 from wstunnel.targets import Target, address_family, join_host_port
 
@@ -177,13 +177,14 @@ def source_addresses(addresses: Iterable[str]) -> Sources:
         addresses: IP addresses of this machine without brackets, one of a family at most.
 
     Raises:
-        LocalError: one is not this machine's, or there are two of a family.
+        LocalError: one is not this machine's.
+        UsageError: there are two of a family.
     """
     sources: dict[int, str] = {}
     for address in addresses:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         if family in sources:
-            raise LocalError(f"--source: {sources[family]} and {address} are of one family; give one of each")
+            raise UsageError(f"--source: {sources[family]} and {address} are of one family; give one of each")
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.bind((address, 0))

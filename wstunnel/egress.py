@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import socket
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from wstunnel.dial import NO_SOURCES, Sources, begin_dial, dial_target
 from wstunnel.errors import StreamError
+from wstunnel.targets import join_host_port
 
 if TYPE_CHECKING:
-    import socket
-
     from wstunnel.flow import DialledFlow
     from wstunnel.policy import Policy
     from wstunnel.reactor import Reactor
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 RESOLVER_THREADS = 8
 """Names that one principal resolves at once: slow names of one user must not stop the others."""
+
+REFUSALS = 1024
+"""Addresses that are remembered for having refused datagrams."""
 
 Prelude = Callable[["Stream"], bytes]
 """What the target is sent before the stream's own bytes."""
@@ -41,6 +45,7 @@ class Egress:
         self._reactor = reactor
         self._nursery = nursery
         self._limiters: dict[str, trio.CapacityLimiter] = {}
+        self._refusals: OrderedDict[str, None] = OrderedDict()  # addresses, the one that refused last at the end
 
     def dial(
         self,
@@ -81,6 +86,9 @@ class Egress:
             dial = partial(
                 dial_target, target, policy, limiter=self.limiter(principal), sources=self.sources, begun=begun
             )
+            if target.kind == "udp":
+                stream.when_refused = self._note_refusal  # type: ignore[union-attr]  # a flow, as its target says
+                dial = partial(dial, resolve=partial(_resolve, tuple(self._refusals)))
             self._nursery.start_soon(self._await_dial, stream, stream.dialling, dial, prelude)
 
     async def _await_dial(
@@ -97,6 +105,13 @@ class Egress:
                 _refuse_target(stream, error)
                 return
             self._connected(stream, sock, address, prelude)
+
+    def _note_refusal(self, address: str) -> None:
+        """Datagrams find nobody there: the next flow to the same name goes to another of its addresses."""
+        self._refusals[address] = None
+        self._refusals.move_to_end(address)
+        if len(self._refusals) > REFUSALS:
+            self._refusals.popitem(last=False)
 
     def _connected(
         self, stream: Stream | DialledFlow, sock: socket.socket, address: str, prelude: Prelude | None
@@ -118,6 +133,17 @@ class Egress:
         if limiter is None:
             limiter = self._limiters[principal] = trio.CapacityLimiter(RESOLVER_THREADS)
         return limiter
+
+
+def _resolve(refusals: Sequence[str], *question: Any, **options: Any) -> list[Any]:
+    """`socket.getaddrinfo` in a thread, those addresses last that were the last to refuse datagrams.
+
+    TCP finds out by connecting which of a name's addresses is the right one (`localhost` mostly has two). Of datagrams
+    only a refusal tells, and that comes when they are lost.
+    """
+    answers = socket.getaddrinfo(*question, **options)
+    order = {address: number for number, address in enumerate(refusals)}
+    return sorted(answers, key=lambda answer: order.get(join_host_port(answer[4][0], answer[4][1]), -1))
 
 
 def _refuse_target(stream: Stream | DialledFlow, error: Exception) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 READ_BYTES = DATAGRAM_QUEUE_BYTES // 2
 """Read from a socket before what was read goes onto the links: more would push itself out of a flow's queue."""
+READ_DATAGRAMS = 64
+"""Read from a socket before other sockets have their turn: a thousand empty ones would take longer than a turn may."""
 _UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
 
 _log = logs.logger("flow")
@@ -59,11 +61,11 @@ class Flow(Handler):
 
     Attributes:
         link: what carries it; None while it waits for one, and at the end.
-        reason: why it ends, once it does; then (code, message).
+        reason: why it ends, once it does; then (code, message). It takes no datagram any more.
         outcome: the same, once it is over at both ends.
         active: when a datagram last came or went, in monotonic seconds.
         dropped: datagrams that its socket did not take.
-        when_over: called when it is over.
+        when_ending: called once, when it takes no more datagrams: perhaps the peer has yet to answer its reset.
         address: what the egress sends to, once it is known.
         application: at the egress, the application's address as the peer claims it.
         boot: at the client, of the server that was asked for it. As `proof_after`, it is of use to streams only.
@@ -72,7 +74,7 @@ class Flow(Handler):
 
     __slots__ = (
         "_receive", "active", "address", "application", "boot", "created", "dropped", "forward", "link", "note",
-        "outcome", "owner", "peer", "proof_after", "reason", "state", "target", "when_over",
+        "outcome", "owner", "peer", "proof_after", "reason", "state", "target", "when_ending",
     )  # fmt: skip
 
     def __init__(
@@ -97,7 +99,7 @@ class Flow(Handler):
         self.outcome: tuple[str, str] | None = None
         self.created = self.active = owner.reactor.now
         self.dropped = 0
-        self.when_over: Callable[[Flow], None] | None = None
+        self.when_ending: Callable[[Flow], None] | None = None
         self.address = ""
         self.application = ""
         self.boot = ""
@@ -107,14 +109,14 @@ class Flow(Handler):
 
     def lost(self) -> int:
         """Datagrams that were dropped at this end."""
-        return self.dropped + self.state.queue.dropped
+        return self.dropped + self.state.dropped + self.state.queue.dropped
 
     # --- from the link ------------------------------------------------------------------------------------------------
 
     def deliver(self, data: bytes | memoryview) -> bool:
         """A datagram for this end's socket. Returns whether it took it: if not it is lost."""
         self.owner.touched(self)
-        if self._receive is not None and self._receive(data):
+        if self.reason is None and self._receive is not None and self._receive(data):
             return True
         self.dropped += 1
         return False
@@ -126,9 +128,7 @@ class Flow(Handler):
 
     def was_reset(self, code: str, message: str) -> None:
         """The peer's reset, or its answer to ours."""
-        if self.reason is None:
-            self.reason = (code, message)
-        self._close_local()
+        self._end(code, message)
 
     def finished(self) -> None:
         """The exchange on the link is over, as only a reset ends it."""
@@ -153,8 +153,7 @@ class Flow(Handler):
         """End the flow here, and at the peer once it has what was queued before. Idempotent."""
         if self.outcome is not None or self.reason is not None:
             return
-        self.reason = (code, message)
-        self._close_local()
+        self._end(code, message)
         if self.link is None:
             self._over(code, message)
         else:
@@ -166,6 +165,15 @@ class Flow(Handler):
         _log.exception("fault in our own code", target=self.target)
         self.reset("internal", f"internal error: {type(error).__name__}")
 
+    def _end(self, code: str, message: str) -> None:
+        """It takes no more datagrams; the first reason is the one that holds."""
+        if self.reason is not None:
+            return
+        self.reason = (code, message)
+        self._close_local()
+        if self.when_ending is not None:
+            self.when_ending(self)
+
     def _close_local(self) -> None:
         """The flow has no socket any more."""
 
@@ -173,11 +181,9 @@ class Flow(Handler):
         if self.outcome is not None:
             return
         self.outcome = (code, message)
-        self._close_local()
+        self._end(code, message)
         self.state.discard()
         self.owner.ended(self)
-        if self.when_over is not None:
-            self.when_over(self)
 
 
 class DialledFlow(Flow):
@@ -185,15 +191,17 @@ class DialledFlow(Flow):
 
     Attributes:
         dialling: the cancel scope of the name's resolution under way.
+        when_refused: called with `address` if nobody listens there, or if it cannot be reached.
     """
 
-    __slots__ = ("_early", "dialling")
+    __slots__ = ("_early", "dialling", "when_refused")
 
     def __init__(
         self, state: DatagramState, owner: FlowOwner, *, target: str, peer: str, forward: str = "", early: DatagramQueue
     ) -> None:
         super().__init__(state, owner, target=target, peer=peer, forward=forward)
         self.dialling: trio.CancelScope | None = None
+        self.when_refused: Callable[[str], None] | None = None
         self._early = early  # until there is a socket
 
     def lost(self) -> int:
@@ -223,10 +231,13 @@ class DialledFlow(Flow):
 
     def deliver(self, data: bytes | memoryview) -> bool:
         self.owner.touched(self)
-        if self.sock is None:
+        if self.sock is not None:
+            return self._send(data)
+        if self.reason is None:
             self._early.push(bytes(data))
-            return False
-        return self._send(data)
+        else:
+            self.dropped += 1
+        return False
 
     def _send(self, data: bytes | memoryview) -> bool:
         assert self.sock is not None
@@ -243,7 +254,7 @@ class DialledFlow(Flow):
         assert sock is not None
         queue = self.state.queue
         room = READ_BYTES
-        while room > 0:
+        for _ in range(READ_DATAGRAMS):
             try:
                 size = sock.recv_into(scratch)
             except (BlockingIOError, InterruptedError):
@@ -251,8 +262,10 @@ class DialledFlow(Flow):
             except OSError as error:
                 self._failed(error)
                 break
-            room -= size + HEADER_BYTES
             queue.push(bytes(scratch[:size]))
+            room -= size + HEADER_BYTES
+            if room <= 0:
+                break
         if room < READ_BYTES:
             self.owner.touched(self)
             if self.link is not None:
@@ -262,9 +275,14 @@ class DialledFlow(Flow):
         """What the socket says of this datagram or of an earlier one. Most is of the moment, and no end."""
         if error.errno == errno.ECONNREFUSED:
             # ICMP: nobody has that port. Who dials TCP would be told so, too.
-            self.reset("refused", "the target refused a datagram: nobody listens there")
+            code, message = "refused", "the target refused a datagram: nobody listens there"
         elif error.errno in _UNREACHABLE:
-            self.reset("unreachable", f"the target cannot be reached: {error.strerror}")
+            code, message = "unreachable", f"the target cannot be reached: {error.strerror}"
+        else:
+            return
+        if self.when_refused is not None:
+            self.when_refused(self.address)
+        self.reset(code, message)
 
     def _close_local(self) -> None:
         if self.dialling is not None:

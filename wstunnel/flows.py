@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 REFUSED = frozenset({"forbidden", "internal", "limit", "name-not-found", "refused", "timeout", "unreachable"})
 """Codes of flows that the next datagram would not open either."""
+LOG_LINES = 50
+"""About flows, of a session in a second; the rest is only counted. Any datagram may begin one, whoever sent it."""
 
 
 class Flows:
@@ -40,6 +42,8 @@ class Flows:
         self._log = log
         self._session = session
         self._flows: OrderedDict[str, Flow] = OrderedDict()  # the one that was idle longest first
+        self._lines = 0  # since the last sweep
+        self._untold: dict[str, int] = {}  # what was not logged since then, and how often
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -74,13 +78,16 @@ class Flows:
 
     def opened(self, flow: Flow) -> None:
         """The target's socket is there."""
-        self._log.info("flow opened", **self._describe(flow, address=flow.address))
+        if self._may_tell("opened"):
+            self._log.info("flow opened", **self._describe(flow, address=flow.address))
 
     def ended(self, flow: Flow) -> None:
         """The flow is over."""
         del self._flows[flow.state.id]
         self._principal.streams -= 1
         self._principal.accepted -= not flow.state.egress
+        if not self._may_tell("ended" if flow.state.opened else "refused"):
+            return
         code, message = flow.outcome or ("internal", "")
         fields = self._describe(
             flow,
@@ -96,6 +103,21 @@ class Flows:
         else:
             self._log.warning("flow refused", **fields)
 
+    def _may_tell(self, what: str) -> bool:
+        """Whether there may be a line about it."""
+        if self._lines >= LOG_LINES:
+            self._untold[what] = self._untold.get(what, 0) + 1
+            return False
+        self._lines += 1
+        return True
+
+    def _tell_rest(self) -> None:
+        """In one line what had none of its own."""
+        untold, self._untold, self._lines = self._untold, {}, 0
+        if untold:
+            say = self._log.warning if "refused" in untold else self._log.info
+            say("more flows than the log tells of", **untold, principal=self._principal.name, session=self._session)
+
     def _describe(self, flow: Flow, **fields: object) -> dict[str, object]:
         whose: dict[str, object] = {"flow": logs.hash_id(flow.state.id), "target": flow.target, **fields}
         whose |= {"peer": flow.peer, "principal": self._principal.name, "session": self._session}
@@ -105,6 +127,7 @@ class Flows:
 
     def sweep(self, now: float) -> None:
         """Once a second: what is idle ends."""
+        self._tell_rest()
         while self._flows:
             flow = next(iter(self._flows.values()))
             if now - flow.active < self.timeout:
@@ -118,3 +141,4 @@ class Flows:
         """The session ends."""
         for flow in list(self._flows.values()):
             flow.reset("shutdown", reason)
+        self.reactor.later(self._tell_rest)  # most end in this turn, with their links

@@ -21,6 +21,7 @@ from wstunnel.errors import StreamError
 from wstunnel.flow import Flow
 from wstunnel.link import Link
 from wstunnel.pool import Demand
+from wstunnel.session import whither
 from wstunnel.stream import Stream
 from wstunnel.wire.states import Exchange
 
@@ -330,7 +331,8 @@ class Ingress:
             wanted.flow.reset(code, message)  # which is logged as the end of any flow
             return
         if not quiet:
-            self._session.log.warning(f"connection reset: {message}", peer=wanted.peer, target=wanted.target)
+            where = whither(wanted.target, self._session.bind_of(wanted.forward))
+            self._session.warn_refused(f"connection reset: {message}", peer=wanted.peer, **where)
         if wanted.sock is not None:
             sockets.reset(wanted.sock)
         if wanted.dropped is not None:

@@ -144,6 +144,11 @@ class ReverseForwards:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    def bind_of(self, forward_id: str) -> str:
+        """Where the server listens for this forward, as a person reads it; empty if it does not."""
+        place = self._by_id.get(forward_id)
+        return "" if place is None else place.name
+
     def listen(self, message: Listen) -> Listening:
         """The client asks for a place. Asked again it is the same one."""
         known = self._by_id.get(message.forward)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,38 @@ import pytest
 import trio
 
 from tests.datagrams import MemoryDatagrams
-from tests.roles import LogLines, RunningClient, connecting, descriptors, free_port, lines, ready, serving, until
+from tests.roles import (
+    LogLines,
+    RunningClient,
+    connecting,
+    descriptors,
+    free_port,
+    invite,
+    lines,
+    ready,
+    serving,
+    until,
+)
 from wstunnel import client as client_module
 from wstunnel import server as server_module
+from wstunnel import sockets
+from wstunnel.auth import Token
 from wstunnel.endpoints import dynamic, tcp
 from wstunnel.endpoints.listeners import listen
 from wstunnel.endpoints.udp import UdpListener, _destination
 from wstunnel.errors import LocalError
 from wstunnel.forwards import parse_dynamic, parse_forward, parse_reverse
+from wstunnel.link import DATAGRAMS_LOWAT, NOTSENT_LOWAT
 from wstunnel.policy import parse_listen_rule, parse_rule
 from wstunnel.wire import socks
 
 __all__ = ["lines"]
 
 SECONDS = 10.0
-IPV6 = tcp.bind_all(("::1", "127.0.0.1"), 0, lenient=True)
-HAS_IPV6 = IPV6[0].family == socket.AF_INET6
-for _sock in IPV6:
-    _sock.close()
+HAS_IPV6 = False
+
+with suppress(OSError, LocalError), tcp.bind("::1", 0):
+    HAS_IPV6 = True
 needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
 Address = tuple[str, int]
 
@@ -114,6 +130,24 @@ class TestForwards:
                     if address.startswith("["):
                         assert await ask(int(address.rsplit(":", 1)[1]), host="::1") == b"PING"
 
+    @needs_ipv6
+    async def test_one_that_only_ipv6_can_carry(self, tmp_path: Path, lines: LogLines) -> None:
+        """More than the protocol has room for: it is lost, and its flow goes on."""
+        async with (
+            echo("::1") as target,
+            serving(tmp_path) as server,
+            connecting(server.url, f"[::1]:0:[::1]:{target.port}/udp") as client,
+        ):
+            with trio.socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock, trio.fail_after(SECONDS):
+                await sock.connect(("::1", client.ports[0]))
+                for size in (65_507, 65_508, 65_527, 3):
+                    await sock.send(b"x" * size)
+                    if size <= 65_507:
+                        assert await sock.recv(70_000) == b"X" * size
+            (flow,) = client.session.flows._flows.values()
+            assert flow.lost() == 2
+            assert not lines("fault in our own code")
+
     async def test_nobody_listens_and_then_somebody_does(self, tmp_path: Path, lines: LogLines) -> None:
         port = free_port()
         async with serving(tmp_path) as server, connecting(server.url, f"0:127.0.0.1:{port}/udp") as client:
@@ -130,6 +164,24 @@ class TestForwards:
                             await sock.send(b"again")
                             with trio.move_on_after(0.2):
                                 data = await late.recv(100)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
+    async def test_the_kernel_holds_back_little(self, tmp_path: Path) -> None:
+        """What it has taken can be dropped no more: behind a slow path it would be seconds late."""
+        unsent = socket.IPPROTO_TCP, sockets._LINUX_TCP_NOTSENT_LOWAT
+        async with (
+            echo() as target,
+            serving(tmp_path) as server,
+            connecting(server.url, f"0:127.0.0.1:{target.port}/udp", idle_links=0) as client,
+        ):
+            for _ in range(2):  # a link that was dialled for the flow, and one that was idle
+                assert await ask(client.ports[0]) == b"PING"
+                flows = [*client.session.flows._flows.values(), *server.sessions()[0].flows._flows.values()]
+                held = [flow.link.sock for flow in flows if flow.link is not None]
+                assert [sock.getsockopt(*unsent) for sock in held] == [DATAGRAMS_LOWAT] * 2
+                flows[0].reset("idle", "")
+                await until(lambda: not client.session.flows and not server.sessions()[0].flows)
+                assert [sock.getsockopt(*unsent) for sock in held] == [NOTSENT_LOWAT] * 2
 
     async def test_a_policy_for_udp(self, tmp_path: Path, lines: LogLines) -> None:
         async with echo() as target:
@@ -294,6 +346,37 @@ class TestSocks:
                         assert socks.parse_udp(await right.recv(100)).payload == b"HELLO"
                 assert len(target.peers) == 1
 
+    async def test_its_port_is_that_of_its_first_good_datagram(self, tmp_path: Path) -> None:
+        async with echo() as target, proxying(tmp_path) as client, relay(client.ports[0]) as it:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as neighbour:
+                neighbour.bind(("127.0.0.1", 0))
+                neighbour.sendto(b"garbage", it.relay)
+            await it.send("127.0.0.1", target.port, b"hello")
+            assert (await it.receive()).payload == b"HELLO"
+
+    async def test_a_name_that_leads_elsewhere_later(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = "127.0.0.1"
+        real = socket.getaddrinfo
+
+        def resolve(host: str, *args: Any, **options: Any) -> Any:
+            return real(found if host == "db.test" else host, *args, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        async with echo() as one, proxying(tmp_path) as client, relay(client.ports[0]) as it:
+            with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two:
+                await two.bind(("127.0.0.2", one.port))
+                await it.send("db.test", one.port, b"hello")
+                assert await it.receive() == ("127.0.0.1", one.port, b"HELLO")
+                (flow,) = client.session.flows._flows.values()
+                flow.reset("idle", "")
+                await until(lambda: not client.session.flows)
+                found = "127.0.0.2"
+                await it.send("db.test", one.port, b"hello")
+                with trio.fail_after(SECONDS):
+                    _, address = await two.recvfrom(100)
+                    await two.sendto(b"two", address)
+                assert await it.receive() == ("127.0.0.2", one.port, b"two")
+
     async def test_fragments_and_garbage_are_dropped(self, tmp_path: Path) -> None:
         async with echo() as target, proxying(tmp_path) as client, relay(client.ports[0]) as it:
             good = socks.build_udp("127.0.0.1", target.port, b"hello")
@@ -335,6 +418,37 @@ class TestSocks:
                     control, code, _ = await associate(client.ports[0])
                     await control.aclose()
 
+    async def test_no_user_of_a_server_has_them_all(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: LogLines
+    ) -> None:
+        monkeypatch.setattr(dynamic, "PRINCIPAL_ASSOCIATIONS", 1)
+        one, two = free_port(), free_port()
+        async with serving(tmp_path, allow_listen=(parse_listen_rule("*"),)) as server:
+            other = replace(server.url, token=Token.parse(invite(tmp_path, "bob")))
+            async with (
+                connecting(server.url, reverse_forwards=parse_reverse(str(one))),
+                connecting(other, reverse_forwards=parse_reverse(str(two))),
+            ):
+                await until(lambda: len(lines("listening for a client", "server")) == 2)
+                async with relay(one), relay(two):
+                    control, code, _ = await associate(one)
+                    assert code == 1
+                    await control.aclose()
+                    assert [line["reason"] for line in lines("no relay for datagrams")] == [
+                        "too many relays for datagrams of this user"
+                    ]
+
+    async def test_who_is_silent_is_asked_whether_he_is_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A machine that was switched off says no end."""
+        asked: list[tuple[Any, int]] = []
+        monkeypatch.setattr(
+            sockets, "ask_when_silent", lambda sock, seconds: asked.append((sock.getpeername(), seconds))
+        )
+        async with proxying(tmp_path) as client, relay(client.ports[0]) as it:
+            assert asked == [(it.control.socket.getsockname(), dynamic.SILENT_SECONDS)]
+
     async def test_a_server_that_knows_no_udp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(server_module, "FEATURES", ("resume", "drain", "reverse"))
         async with proxying(tmp_path) as client:
@@ -357,6 +471,26 @@ class TestSocks:
                 (flow,) = client.session.flows._flows.values()
                 assert flow.state.egress
 
+    async def test_the_place_is_taken_over(self, tmp_path: Path, lines: LogLines) -> None:
+        """By the same user's next client: the relays of the first one's applications go on with it."""
+        reverse = parse_reverse(str(free_port()))
+        async with (
+            echo() as target,
+            serving(tmp_path, allow_listen=(parse_listen_rule("*"),)) as server,
+            connecting(server.url, reverse_forwards=reverse) as one,
+        ):
+            await until(lambda: lines("listening for a client", "server"))
+            async with relay(reverse[0].port) as it:
+                await it.send("127.0.0.1", target.port, b"hello")
+                assert (await it.receive()).payload == b"HELLO"
+                async with connecting(server.url, reverse_forwards=reverse) as two:
+                    await until(lambda: len(lines("listening for a client", "server")) == 2)
+                    one.shutdown.set()
+                    await until(lambda: not one.session.flows and len(server.sessions()) == 1)
+                    await it.send("127.0.0.1", target.port, b"again")
+                    assert (await it.receive()).payload == b"AGAIN"
+                    assert len(two.session.flows) == 1
+
 
 class TestDestination:
     """What the kernel says of a datagram's destination, for the reply."""
@@ -367,6 +501,11 @@ class TestDestination:
         assert _destination([(socket.SOL_SOCKET, 1, b"x"), (socket.IPPROTO_IP, 8, data)]) == struct.pack(
             "=i4s4s", 0, asked, bytes(4)
         )
+
+    def test_of_a_group(self) -> None:
+        """No source may be one: a reply from it would not be sent."""
+        packed = socket.inet_pton(socket.AF_INET6, "ff02::1")
+        assert _destination([(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, struct.pack("=16si", packed, 3))]) == b""
 
     @pytest.mark.parametrize(("address", "index"), [("2001:db8::7", 0), ("fe80::7", 3)])
     def test_ipv6(self, address: str, index: int) -> None:

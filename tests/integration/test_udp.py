@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.programs, pytest.mark.timeout(120)]
 
-RATE = "4M"
-"""Of iperf3, in bits a second: so few that a loaded machine loses nothing."""
+RATE = "1M"
+"""Of iperf3, in bits a second: so few that a machine may stand still for half a second and loses nothing."""
 TEXT = "x" * 200
 
 
@@ -114,10 +114,10 @@ def test_iperf3(tmp_path: Path, direction: str) -> None:
         specs = ("-L", f"{port}:127.0.0.1:{target}", "-L", f"{port}:127.0.0.1:{target}/udp")
         with tunnel(tmp_path, "plain", *specs) as client:
             local_port(client, "udp", target)
-            command = ["--client", "127.0.0.1", "--port", str(port), "--udp", "--bitrate", RATE, "--time", "2"]
+            command = ["--client", "127.0.0.1", "--port", str(port), "--udp", "--bitrate", RATE, "--time", "4"]
             command += ["--length", "1420", "--json", *(["--reverse"] if direction == "down" else [])]
             said = json.loads(finish(require("iperf3"), *command).stdout)
     assert "error" not in said, said
     total = said["end"]["sum"]
-    assert total["packets"] > 500
+    assert total["packets"] > 200
     assert total["lost_percent"] < 5

@@ -117,6 +117,15 @@ class TestQueue:
         assert (len(queue), queue.dropped) == (1, 1)
         assert budget.held == DATAGRAM_BYTES + HEADER_BYTES <= DATAGRAM_QUEUE_BYTES
 
+    @pytest.mark.parametrize("size", [DATAGRAM_BYTES + 1, DATAGRAM_BYTES + 2, 65_527])
+    def test_one_that_the_peer_would_refuse(self, size: int) -> None:
+        """UDP over IPv6 has 20 bytes more to give than over IPv4."""
+        budget = Budget(PLENTY)
+        queue = DatagramQueue(budget)
+        queue.push(b"a")
+        queue.push(bytes(size))
+        assert (len(queue), queue.dropped, budget.held) == (1, 1, 1 + HEADER_BYTES)
+
     def test_empty_ones_count(self) -> None:
         queue = DatagramQueue(Budget(PLENTY))
         for _ in range(10_000):
@@ -183,6 +192,31 @@ class TestWholeMessages:
         receive(protocol, data[:DATAGRAM_BYTES])
         with pytest.raises(ProtocolError) as raised:
             receive(protocol, data[DATAGRAM_BYTES : DATAGRAM_BYTES + 100])
+        assert raised.value.code == 1009
+
+    def test_what_is_gathered_counts_as_held(self) -> None:
+        budget = Budget(8000)  # of which 7000 may be read
+        one, two = new_flow(egress=True, budget=budget), new_flow(egress=True, budget=budget)
+        assert one.arrived(bytes(4000), False) is None
+        assert one.arrived(bytes(1000), False) is None
+        assert budget.held == 5000
+        assert two.arrived(bytes(3000), False) is None
+        assert two.arrived(b"fits in", False) is None
+        assert two.arrived(b"", True) is None, "its beginning is missing"
+        assert (budget.held, two.dropped, two.received) == (5000, 1, 1)
+        assert one.arrived(b"!", True) == bytes(5000) + b"!"
+        assert (budget.held, one.dropped) == (0, 0)
+        two.arrived(bytes(6000), False)
+        assert budget.held == 6000
+        two.discard()
+        assert budget.held == 0
+        assert two.arrived(b"new", True) == b"new"
+
+    def test_one_that_finds_no_room_is_bounded_all_the_same(self) -> None:
+        flow = new_flow(egress=True, budget=Budget(8))
+        flow.arrived(bytes(DATAGRAM_BYTES), False)
+        with pytest.raises(ProtocolError) as raised:
+            flow.arrived(b"x", False)
         assert raised.value.code == 1009
 
     def test_before_opened(self) -> None:

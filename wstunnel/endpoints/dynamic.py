@@ -16,10 +16,10 @@ import trio
 
 from wstunnel import limits, logs, sockets
 from wstunnel.endpoints import tcp
-from wstunnel.endpoints.socks_udp import ASSOCIATIONS, Association
+from wstunnel.endpoints.socks_udp import ASSOCIATIONS, PRINCIPAL_ASSOCIATIONS, Association
 from wstunnel.errors import HandshakeError, LocalError, ProtocolError, StreamError, UsageError
 from wstunnel.forwards import Forward
-from wstunnel.ingress import Ingress
+from wstunnel.ingress import Way
 from wstunnel.reactor import Reactor
 from wstunnel.stream import Stream
 from wstunnel.targets import join_host_port, parse_target
@@ -31,8 +31,9 @@ from wstunnel.wire.socks import Command, SocksRequest, SocksServer
 Authenticate = Callable[[bytes, bytes], bool]
 """Is this user and password right?"""
 
-Way = Callable[[], tuple[Ingress, str]]
-"""What opens streams now, and for which forward on reverse links; a StreamError if nothing does any more."""
+SILENT_SECONDS = 60
+"""When the kernel begins to ask whether a client that has a relay for datagrams is still there: it says nothing more on
+its connection, and without an end of that the relay would stay for ever."""
 
 _log = logs.logger("dynamic")
 
@@ -61,7 +62,7 @@ class DynamicForwards:
         self._authenticate = authenticate
         self._most = most
         self._negotiating: dict[str, dict[trio.CancelScope, None]] = {}  # by principal, the oldest first
-        self._associations: set[Association] = set()
+        self._associations: dict[Association, str] = {}  # and whose
 
     def accepted(self, sock: socket.socket, forward: Forward, way: Way, *, principal: str = "") -> None:
         """Serve an application's connection, which is owned from now on.
@@ -77,7 +78,9 @@ class DynamicForwards:
         scope = trio.CancelScope()
         self._negotiating.setdefault(principal, {})[scope] = None
         decided = partial(self._decided, principal, scope)
-        self._nursery.start_soon(partial(self._serve, sock, forward, way, scope=scope, decided=decided))
+        associate = partial(self._associate, sock, way, principal)
+        serve = partial(self._serve, sock, forward, way, scope=scope, decided=decided, associate=associate)
+        self._nursery.start_soon(serve)
 
     def drop_oldest(self) -> None:
         """No descriptor is left: the principal that has most negotiations loses the one that began first."""
@@ -97,7 +100,7 @@ class DynamicForwards:
         if not scopes:
             self._negotiating.pop(principal, None)
 
-    def _associate(self, sock: socket.socket, way: Way, port: int) -> Association:
+    def _associate(self, sock: socket.socket, way: Way, principal: str, port: int) -> Association:
         """A relay for datagrams.
 
         Raises:
@@ -105,19 +108,20 @@ class DynamicForwards:
             LocalError: there are too many.
             OSError: the application has gone.
         """
-        ingress, forward_id = way()
+        ingress, _forward_id = way()
         if ingress.flows_refused:
             raise StreamError("command-not-supported", ingress.flows_refused)
-        if len(self._associations) >= ASSOCIATIONS:
+        if len(self._associations) >= min(ASSOCIATIONS, self._most):
             raise LocalError("too many relays for datagrams")
-        association = Association(
-            self._reactor, ingress, near=sock.getsockname(), far=sock.getpeername(), port=port, forward=forward_id
-        )
-        self._associations.add(association)
+        if principal and list(self._associations.values()).count(principal) >= PRINCIPAL_ASSOCIATIONS:
+            raise LocalError("too many relays for datagrams of this user")
+        association = Association(self._reactor, way, near=sock.getsockname(), far=sock.getpeername(), port=port)
+        sockets.ask_when_silent(sock, SILENT_SECONDS)
+        self._associations[association] = principal
         return association
 
     def _dissolve(self, association: Association) -> None:
-        self._associations.discard(association)
+        del self._associations[association]
         association.stop("the application went away")
 
     async def _serve(
@@ -128,6 +132,7 @@ class DynamicForwards:
         *,
         scope: trio.CancelScope,
         decided: Callable[[], None],
+        associate: Callable[[int], Association],
     ) -> None:
         peer = tcp.peer_name(sock)
         transport = Transport(sock)
@@ -135,7 +140,7 @@ class DynamicForwards:
             transport,
             peer,
             connect=partial(_connect, way),
-            associate=partial(self._associate, sock, way),
+            associate=associate,
             dissolve=self._dissolve,
             reactor=self._reactor,
             authenticate=self._authenticate,

@@ -6,14 +6,13 @@ It lives as long as the connection that asked for it. Each destination is a flow
 from __future__ import annotations
 
 import socket
-from functools import partial
 from typing import Any
 
 from wstunnel import logs, sockets
 from wstunnel.endpoints.udp import FlowTable
 from wstunnel.errors import LocalError, ProtocolError, UsageError
-from wstunnel.flow import READ_BYTES
-from wstunnel.ingress import Ingress
+from wstunnel.flow import READ_BYTES, READ_DATAGRAMS
+from wstunnel.ingress import Way
 from wstunnel.reactor import Handler, Reactor
 from wstunnel.targets import address_family, join_host_port, parse_target
 from wstunnel.wire import socks
@@ -21,6 +20,8 @@ from wstunnel.wire.datagrams import HEADER_BYTES
 
 ASSOCIATIONS = 256
 """At a time, for all proxies of a process: each holds two descriptors. More are refused."""
+PRINCIPAL_ASSOCIATIONS = 64
+"""The same for one user of a server, so that the proxies of others have some, too."""
 
 _log = logs.logger("udp")
 Destination = tuple[str, int]
@@ -31,11 +32,10 @@ class Association(Handler):
 
     Args:
         reactor: where its socket lives.
-        ingress: opens flows.
+        way: opens flows, and is asked for each: the place may be taken over.
         near: the address that the client's connection came to, as `getsockname` gives it.
         far: the client's own, as `getpeername` gives it.
         port: the one that the client says it will send from; 0: that of its first datagram.
-        forward: on `reverse` links, the forward's id.
 
     Attributes:
         address: where it takes datagrams: host and port.
@@ -47,13 +47,13 @@ class Association(Handler):
 
     __slots__ = ("_client", "_flows", "_headers", "_host", "_port", "address", "dropped")
 
-    def __init__(self, reactor: Reactor, ingress: Ingress, *, near: Any, far: Any, port: int, forward: str) -> None:
+    def __init__(self, reactor: Reactor, way: Way, *, near: Any, far: Any, port: int) -> None:
         super().__init__()
         self._host = far[0]
         self._port = port
         self._client: Any = None
         self._headers: dict[Destination, bytes] = {}
-        self._flows: FlowTable[Destination] = FlowTable(ingress, self._reply, forward=forward)
+        self._flows: FlowTable[Destination] = FlowTable(way, self._begin, self._reply)
         self.dropped = 0
         try:
             sock = socket.socket(socket.AF_INET6 if ":" in near[0] else socket.AF_INET, socket.SOCK_DGRAM)
@@ -80,46 +80,44 @@ class Association(Handler):
     def on_readable(self) -> None:
         sock, scratch = self.sock, self.reactor.scratch
         assert sock is not None
-        flows = self._flows
         room = READ_BYTES
         try:
-            while room > 0:
+            for _ in range(READ_DATAGRAMS):
                 size, address = sock.recvfrom_into(scratch)
+                self._take(address, bytes(scratch[:size]))
                 room -= size + HEADER_BYTES
-                if not self._is_client(address):
-                    self.dropped += 1
-                    continue
-                try:
-                    host, port, payload = socks.parse_udp(bytes(scratch[:size]))
-                except ProtocolError as error:
-                    self.dropped += 1
-                    _log.debug("datagram dropped", reason=str(error))
-                    continue
-                self._client = address
-                flows.send((host, port), payload, partial(self._begin, host, port))
+                if room <= 0:
+                    break
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
             _log.debug("a datagram could not be sent or taken", reason=str(error))
-        flows.flush()
+        self._flows.flush()
 
-    def _is_client(self, address: Any) -> bool:
+    def _take(self, address: Any, datagram: bytes) -> None:
         """RFC 1928 §7: the relay "MUST drop any datagrams arriving from any source IP address other than" the client's.
 
-        The port is its, too, from the first datagram on: others may run programs on the client's machine.
+        The port is its, too, from its first good datagram on: others may run programs on the client's machine.
         """
-        if address[0] != self._host:
-            return False
-        if not self._port:
-            self._port = address[1]
-        return bool(address[1] == self._port)
-
-    def _begin(self, host: str, port: int) -> tuple[str, str] | None:
+        if address[0] != self._host or self._port not in (0, address[1]):
+            self.dropped += 1
+            return
         try:
-            target = parse_target(f"udp:{join_host_port(host, port)}")
+            host, port, payload = socks.parse_udp(datagram)
+        except ProtocolError as error:
+            self.dropped += 1
+            _log.debug("datagram dropped", reason=str(error))
+            return
+        self._client, self._port = address, address[1]
+        self._flows.send((host, port), payload)
+
+    def _begin(self, key: Destination) -> tuple[str, str] | None:
+        try:
+            target = parse_target(f"udp:{join_host_port(*key)}")
         except UsageError as error:
             _log.debug("datagram dropped", reason=error.message)
             return None
+        self._headers.pop(key, None)  # what an earlier flow of this name led to
         return str(target), join_host_port(self._host, self._port)
 
     def _reply(self, key: Destination, data: bytes | memoryview) -> bool:

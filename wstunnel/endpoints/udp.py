@@ -16,10 +16,10 @@ from typing import Any, Generic, TypeVar
 
 from wstunnel import limits, logs, sockets
 from wstunnel.endpoints import tcp
-from wstunnel.errors import LocalError
-from wstunnel.flow import READ_BYTES, Flow
+from wstunnel.errors import LocalError, StreamError
+from wstunnel.flow import READ_BYTES, READ_DATAGRAMS, Flow
 from wstunnel.flows import REFUSED
-from wstunnel.ingress import Ingress, Wanted
+from wstunnel.ingress import Ingress, Wanted, Way
 from wstunnel.reactor import Handler, Reactor
 from wstunnel.targets import join_host_port
 from wstunnel.wire.datagrams import HEADER_BYTES
@@ -40,24 +40,26 @@ class FlowTable(Generic[Key]):
     """The flows of one socket, by what tells them apart.
 
     Args:
-        ingress: opens them.
+        way: opens them.
+        begin: asked of a key that has no flow: the target, as canonical text, and the source's name; None: there is to
+            be none.
         reply: sends a datagram that came back, given the flow's key; returns whether the socket took it.
-        forward: on `reverse` links, the forward's id.
-        most: flows at a time; beyond it the one that was idle longest ends.
+
+    Attributes:
+        most: flows at a time; beyond it the one that was idle longest ends. Those whose end the peer has yet to confirm
+            do not count.
     """
 
     def __init__(
         self,
-        ingress: Ingress,
+        way: Way,
+        begin: Callable[[Key], tuple[str, str] | None],
         reply: Callable[[Key, bytes | memoryview], bool],
-        *,
-        forward: str = "",
-        most: int = limits.LISTENER_FLOWS,
     ) -> None:
-        self._ingress = ingress
+        self.most = limits.LISTENER_FLOWS
+        self._way = way
+        self._ends_of = begin
         self._reply = reply
-        self._forward = forward
-        self.most = most
         self._flows: OrderedDict[Key, Flow] = OrderedDict()  # the one that was idle longest first
         self._refused: dict[Key, float] = {}  # and until when
         self._written: dict[Flow, None] = {}  # since the last flush
@@ -69,63 +71,71 @@ class FlowTable(Generic[Key]):
         """The flow of that key."""
         return self._flows.get(key)
 
-    def send(self, key: Key, datagram: bytes, begin: Callable[[], tuple[str, str] | None]) -> None:
-        """Send a datagram on its flow, which begins with it if there is none; goes out with `flush`.
-
-        Args:
-            key: tells the flow apart.
-            datagram: to the target.
-            begin: asked when there is none: the target, as canonical text, and the source's name; None: drop it.
-        """
+    def send(self, key: Key, datagram: bytes) -> None:
+        """Send a datagram on its flow, which begins with it if there is none; goes out with `flush`."""
         flow = self._flows.get(key)
         if flow is None:
-            self._begin(key, datagram, begin)
+            self._begin(key, datagram)
         else:
             self._flows.move_to_end(key)
             flow.send(datagram)
             self._written[flow] = None
 
-    def _begin(self, key: Key, datagram: bytes, begin: Callable[[], tuple[str, str] | None]) -> None:
-        ingress = self._ingress
-        if ingress.flows_refused or self._is_refused(key):
+    def _begin(self, key: Key, datagram: bytes) -> None:
+        try:
+            ingress, forward = self._way()
+        except StreamError as error:
+            _log.debug("datagram dropped", reason=str(error))
             return
-        ends = begin()
+        if ingress.flows_refused or self._is_refused(key, ingress.now):
+            return
+        ends = self._ends_of(key)
         if ends is None:
             return
-        if len(self._flows) >= self.most:
-            oldest = next(iter(self._flows.values()))
-            if oldest.link is None:
-                return  # they wait for links already: to let one more wait in its place would help nobody
-            oldest.reset("limit", "too many flows: the one that was idle longest ends")
+        if len(self._flows) >= self.most and not self._make_room():
+            return
         target, peer = ends
-        flow = ingress.make_flow(target, peer, forward=self._forward, receive=partial(self._receive, key))
-        flow.when_over = partial(self._ended, key)
+        flow = ingress.make_flow(target, peer, forward=forward, receive=partial(self._receive, key))
+        flow.when_ending = partial(self._ended, key)
         self._flows[key] = flow
         flow.send(datagram)
         ingress.accepted(Wanted(flow.target, flow.peer, forward=flow.forward, flow=flow))
 
-    def _is_refused(self, key: Key) -> bool:
+    def _make_room(self) -> bool:
+        """End the flow that was idle longest. False if that waits for a link: one more in its place helps nobody."""
+        key, oldest = next(iter(self._flows.items()))
+        if oldest.link is None:
+            return False
+        oldest.when_ending = None  # its source was not refused: with its next datagram it is the newest
+        self._forget(key, oldest)
+        oldest.reset("limit", "too many flows: the one that was idle longest ends")
+        return True
+
+    def _forget(self, key: Key, flow: Flow) -> None:
+        del self._flows[key]
+        self._written.pop(flow, None)
+
+    def _is_refused(self, key: Key, now: float) -> bool:
         until = self._refused.get(key)
         if until is None:
             return False
-        if self._ingress.now < until:
+        if now < until:
             return True
         del self._refused[key]
         return False
 
     def _receive(self, key: Key, data: bytes | memoryview) -> bool:
-        if key in self._flows:
-            self._flows.move_to_end(key)
+        self._flows.move_to_end(key)
         return self._reply(key, data)
 
     def _ended(self, key: Key, flow: Flow) -> None:
-        if self._flows.get(key) is flow:
-            del self._flows[key]
-        self._written.pop(flow, None)
-        if flow.outcome is not None and flow.outcome[0] in REFUSED:
+        """The next datagram of that key begins another."""
+        self._forget(key, flow)
+        assert flow.reason is not None
+        if flow.reason[0] in REFUSED:
             if len(self._refused) >= self.most:
                 del self._refused[next(iter(self._refused))]
-            self._refused[key] = self._ingress.now + REFUSED_SECONDS
+            self._refused[key] = flow.reactor.now + REFUSED_SECONDS
 
     def flush(self) -> None:
         """Write what `send` has queued, each link once."""
@@ -143,8 +153,7 @@ class FlowTable(Generic[Key]):
     def hand_over(self, ingress: Ingress, forward: str) -> None:
         """From now on another session opens the flows. Those that there are end: its links do not carry them."""
         self.close("another client of the same user has it now")
-        self._ingress = ingress
-        self._forward = forward
+        self._way = lambda: (ingress, forward)
 
 
 class UdpListener(Handler):
@@ -163,7 +172,7 @@ class UdpListener(Handler):
         super().__init__()
         self._sock = sock
         self._target = target
-        self._flows: FlowTable[tuple[Any, bytes]] = FlowTable(ingress, self._reply, forward=forward)
+        self._flows: FlowTable[tuple[Any, bytes]] = FlowTable(lambda: (ingress, forward), self._begin, self._reply)
         self._pktinfo = _ask_destination(sock)
         sockets.widen(sock)
 
@@ -196,15 +205,17 @@ class UdpListener(Handler):
         assert sock is not None
         flows = self._flows
         try:
-            while room > 0:
+            for _ in range(READ_DATAGRAMS):
                 asked = b""
                 if self._pktinfo is None:
                     size, address = sock.recvfrom_into(scratch)
                 else:
                     size, ancillary, _flags, address = sock.recvmsg_into([scratch], _ANCILLARY_BYTES)
                     asked = _destination(ancillary)
+                flows.send((address, asked), bytes(scratch[:size]))
                 room -= size + HEADER_BYTES
-                flows.send((address, asked), bytes(scratch[:size]), partial(self._begin, address))
+                if room <= 0:
+                    break
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
@@ -212,7 +223,8 @@ class UdpListener(Handler):
             _log.debug("a datagram could not be sent or taken", reason=str(error))
         flows.flush()
 
-    def _begin(self, address: Any) -> tuple[str, str]:
+    def _begin(self, key: tuple[Any, bytes]) -> tuple[str, str]:
+        address, _asked = key
         return self._target, join_host_port(address[0], address[1])
 
     def _reply(self, key: tuple[Any, bytes], data: bytes | memoryview) -> bool:
@@ -259,5 +271,7 @@ def _destination(ancillary: list[tuple[int, int, bytes]]) -> bytes:
             return _PKTINFO_4.pack(0, asked, bytes(4))  # the route decides on the interface
         if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO and len(data) >= _PKTINFO_6.size:
             address, index = _PKTINFO_6.unpack_from(data)
+            if address[0] == 0xFF:
+                return b""  # asked of a group (RFC 4291 §2.7: none "must" be a source): the route decides
             return _PKTINFO_6.pack(address, index if address[:2] == b"\xfe\x80" else 0)
     return b""

@@ -38,8 +38,11 @@ class DatagramQueue:
         return len(self._waiting)
 
     def push(self, datagram: bytes) -> None:
-        """Add one of at most DATAGRAM_BYTES. It is lost itself where the budget has no room for it."""
+        """Add one. It is lost itself where the budget has no room for it, or if it is longer than any may be."""
         size = len(datagram) + HEADER_BYTES
+        if len(datagram) > DATAGRAM_BYTES:
+            self.dropped += 1  # over IPv6 there are longer ones, which the peer would refuse together with the link
+            return
         while self._held + size > DATAGRAM_QUEUE_BYTES:
             self.pop()
             self.dropped += 1
@@ -80,9 +83,13 @@ class DatagramState:
         reset_wanted: the reset to send once the queue is on the link.
         sent: datagrams that went onto the link.
         received: datagrams that came from it.
+        dropped: datagrams that came in pieces, for which there was no room.
     """
 
-    __slots__ = ("_arriving", "egress", "id", "opened", "queue", "received", "reset_wanted", "sent")
+    __slots__ = (
+        "_arriving", "_arriving_bytes", "_budget", "dropped", "egress", "id", "opened", "queue", "received",
+        "reset_wanted", "sent",
+    )  # fmt: skip
 
     def __init__(self, flow_id: str, *, egress: bool, budget: Budget) -> None:
         self.id = flow_id
@@ -92,34 +99,51 @@ class DatagramState:
         self.reset_wanted: tuple[str, str] | None = None
         self.sent = 0
         self.received = 0
+        self.dropped = 0
+        self._budget = budget
         self._arriving: bytearray | None = None
+        self._arriving_bytes = 0  # more than are in `_arriving`: there was no room for all
 
     def arrived(self, payload: bytes | memoryview, last: bool) -> bytes | memoryview | None:
         """Part of a binary message came, perhaps all of it.
 
         Returns:
-            the datagram, once it is whole; it may be a view into what `payload` is a view of.
+            the datagram, once it is whole; it may be a view into what `payload` is a view of. None also if it is lost,
+            since the budget had no room for its parts.
 
         Raises:
             ProtocolError: more than a datagram may have, close code 1009.
         """
-        arriving = self._arriving
-        if len(payload) + (0 if arriving is None else len(arriving)) > DATAGRAM_BYTES:
+        size = self._arriving_bytes + len(payload)
+        if size > DATAGRAM_BYTES:
             # RFC 6455 §7.4.1: 1009 is for "a message that is too big for it to process".
             raise ProtocolError(f"datagram of more than {DATAGRAM_BYTES} bytes", 1009)
+        arriving = self._arriving
         if arriving is None:
             if last:
                 self.received += 1
                 return payload
             arriving = self._arriving = bytearray()
-        arriving += payload
+        if len(payload) <= self._budget.room():
+            self._budget.charge(len(payload))
+            arriving += payload
+        self._arriving_bytes = size
         if not last:
             return None
-        self._arriving = None
         self.received += 1
+        self._forget_parts()
+        if len(arriving) < size:
+            self.dropped += 1
+            return None
         return bytes(arriving)
+
+    def _forget_parts(self) -> None:
+        if self._arriving is not None:
+            self._budget.charge(-len(self._arriving))
+        self._arriving = None
+        self._arriving_bytes = 0
 
     def discard(self) -> None:
         """Give back all memory: the flow is over."""
         self.queue.clear()
-        self._arriving = None
+        self._forget_parts()
