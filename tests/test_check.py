@@ -486,6 +486,7 @@ class TestHttp:
             (b"426 Upgrade Required", b"", "http", "took the upgrade out", 1),
             (b"505 HTTP Version Not Supported", b"", "http", "proxy_http_version", 1),
             (b"502 Bad Gateway", b"", "http", "see that the server runs", 1),
+            (b"503 Service Unavailable", b"", "http", "the proxy in front of the server could not reach it", 1),
             (b"101 Switching Protocols", b"", "http", "a proxy on the way alters the answer", 1),
         ],
     )
@@ -504,6 +505,24 @@ class TestHttp:
         assert "Server: nginx/1.22, Via: 1.1 corp" in shown
         if extra:
             assert failed.evidence.keys() & {"content_type", "location"}
+
+    @pytest.mark.parametrize(
+        ("body", "then"),
+        [
+            (b"too many links", advice.BUSY_LINKS),
+            (b"try again later", advice.BUSY_USERS),
+            (b"too many links here", advice.BUSY),
+            (b"upstream connect error", advice.BUSY),
+        ],
+    )
+    async def test_no_room_at_the_server_or_at_its_proxy(
+        self, nursery: trio.Nursery, around: Any, body: bytes, then: str
+    ) -> None:
+        answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        server = await Answering(answer).start(nursery)
+        step = failure(await checked(url(server.port), around()))
+        assert (step.step, step.next) == ("http", then)
+        assert f"(503: {body.decode()})" in step.text
 
     async def test_no_answer_at_all(self, nursery: trio.Nursery, around: Any) -> None:
         server = await Answering(b"").start(nursery)
@@ -556,6 +575,15 @@ class TestProxy:
         assert (step.step, step.next) == ("proxy", advice.PROXY_ANSWER)
         assert "does not allow 127.0.0.1:9" in step.text
         assert "--proxy" in step.text
+
+    async def test_one_that_is_in_use_is_not_asked_for_when_tls_fails(self, nursery: trio.Nursery, around: Any) -> None:
+        proxy: Any = await Proxy().start(nursery)
+        server = await Answering(ANSWER % (b"400 Bad Request", b"")).start(nursery)
+        server.read_head = lambda stream: stream.receive_some(1)  # type: ignore[method-assign]
+        proxies = parse_proxy(f"http://127.0.0.1:{proxy.port}")
+        step = failure(await checked(url(server.port, "wss"), around(), pins=(b"x" * 32,), proxies=proxies))
+        assert (step.step, step.next) == ("tls", advice.TLS_BEHIND_PROXY)
+        assert "give" not in advice.TLS_BEHIND_PROXY
 
     async def test_one_that_is_away(self, around: Any) -> None:
         proxies = parse_proxy(f"http://127.0.0.1:{free_port()}")

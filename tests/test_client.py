@@ -634,6 +634,32 @@ class TestMessagesOfTheLog:
         assert not lines("lost the server, trying again")
         assert not lines("connected again")
 
+    async def test_a_server_with_links_is_not_lost_when_another_cannot_be_dialled(
+        self, make_world: Make, autojump_clock: MockClock, lines: LogLines
+    ) -> None:
+        world = make_world()
+        world.run()
+        await trio.sleep(5)
+        world.dialler.error = error = NetworkError("tcp", "cannot connect: too many open files")
+        links = list(world.session.links)
+        links[-1].lose("cut")
+        await trio.sleep(40)
+        assert lines("cannot dial another link, trying again") == [{"layer": "tcp", "reason": str(error)}]
+        world.dialler.error = None
+        await trio.sleep(20)
+        assert world.idle == 2
+        assert not lines("lost the server, trying again") and not lines("connected again")
+        world.dialler.error = AWAY
+        for link in list(world.session.links)[1:]:
+            link.lose("cut")
+        await trio.sleep(5)
+        assert not lines("lost the server, trying again")
+        for link in list(world.session.links):
+            link.lose("cut")
+        await trio.sleep(40)
+        assert len(lines("lost the server, trying again")) == 1, "the last one is gone"
+        assert len(lines("cannot dial another link, trying again")) == 1
+
 
 class TestTrust:
     async def test_at_first_it_ends_the_client(self, make_world: Make, autojump_clock: MockClock, raises: Any) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import trio
 
-from tests.roles import RunningServer, serving
+from tests.roles import LogLines, RunningServer, lines, serving
 from wstunnel import connect
 from wstunnel.config import ClientConfig
 from wstunnel.errors import LocalError, ServerRefusedError, StreamError, WstunnelError
 from wstunnel.policy import parse_rule
 from wstunnel.targets import parse_target
+
+__all__ = ["lines"]
 
 
 @pytest.fixture
@@ -121,8 +123,14 @@ async def test_the_end_of_input_is_passed_on_and_the_answer_still_read(tmp_path:
         (("127.0.0.2:*",), ServerRefusedError, "policy does not allow"),
     ],
 )
-async def test_a_refusal_is_an_error(
-    tmp_path: Path, target: socket.socket, rules: tuple[str, ...], error: type[WstunnelError], message: str
+async def test_a_refusal_is_an_error_and_no_warning_beside_it(
+    tmp_path: Path,
+    target: socket.socket,
+    lines: LogLines,
+    *,
+    rules: tuple[str, ...],
+    error: type[WstunnelError],
+    message: str,
 ) -> None:
     where = address(target)
     target.close()
@@ -131,6 +139,8 @@ async def test_a_refusal_is_an_error(
             with pytest.raises(error, match=message):
                 await run(server, pipes, where)
             assert os.read(pipes.drain, 1) == b"", "standard output is closed"
+    (line,) = [line for line in lines.all() if " wstunnel.client stream refused" in line]
+    assert line.startswith("INFO "), "which -v shows"
 
 
 async def test_a_reset_is_an_error_and_no_end(tmp_path: Path, target: socket.socket) -> None:
@@ -177,8 +187,8 @@ async def test_an_output_that_cannot_be_written_is_an_error(
                 await run(server, pipes, address(target))
 
 
-async def test_nobody_there_is_said_with_the_reason(
-    tmp_path: Path, target: socket.socket, monkeypatch: pytest.MonkeyPatch
+async def test_nobody_there_is_said_once_with_the_reason(
+    tmp_path: Path, target: socket.socket, lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from wstunnel import limits
 
@@ -188,6 +198,8 @@ async def test_nobody_there_is_said_with_the_reason(
             gone: Any = server
         with pytest.raises(StreamError, match=r"no link to the other end in time: cannot connect .* refused"):
             await run(gone, pipes, address(target))
+    (line,) = [line for line in lines.all() if "no link to the other end in time" in line]
+    assert line.startswith("INFO ")
 
 
 async def test_an_input_that_cannot_be_read_is_an_error_and_a_reset(

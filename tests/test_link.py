@@ -23,7 +23,7 @@ from wstunnel import link as link_module
 from wstunnel.errors import LocalError, ProtocolError
 from wstunnel.link import FLUSH_BYTES, NOTSENT_LOWAT, Link
 from wstunnel.liveness import STALL_ANSWER_SECONDS, STALL_SECONDS
-from wstunnel.pace import FRAME_SECONDS
+from wstunnel.pace import FLOOR_BYTES, FRAME_SECONDS
 from wstunnel.reactor import READ, WRITE, make_reactor
 from wstunnel.session import Principal, Session
 from wstunnel.stream import Stream
@@ -787,6 +787,55 @@ class TestCarry:
         wire.reactor.turn(stream)
         assert wire.end.losses == ["connection failed: reset"]
         assert stream.outcome == ("lost", "connection failed: reset")
+
+    def test_a_connection_that_breaks_keeps_them_once(self, monkeypatch):
+        wire = Wire("client")
+        stream, application = wire.open()
+        monkeypatch.setattr(wire.end, "stream_detached", lambda stream: True)
+        write(application, b"abc")
+        abort(wire.far)
+        wire.reactor.turn(stream)
+        assert bytes(stream.outbound.replay.view(0, 99)) == b"abc"
+        assert len(stream.outbound.replay) == 3
+
+    def test_it_is_taken_for_few_bytes_only(self, monkeypatch):
+        """No frame is longer than a slow connection can bear, and `flush` is what looks at that."""
+        wire = Wire("client")
+        _stream, application = wire.open()
+        wire.link._write_pace.frame = FLOOR_BYTES
+        flushed: list[int] = []
+        flush = wire.link.flush
+        monkeypatch.setattr(Link, "flush", lambda link: (flushed.append(1), flush())[1])
+        for size, ways in ((1, 0), (FLOOR_BYTES, 0), (FLOOR_BYTES + 1, 1)):
+            write(application, bytes(size))
+            wire.turn()
+            assert len(flushed) == ways, size
+        wire.run()
+        assert max(map(len, wire.got)) == FLOOR_BYTES
+
+    def test_what_was_answered_is_awaited_no_more(self):
+        wire = Wire("client")
+        _stream, application = wire.open()
+        write(application, b"abc")
+        wire.turn()
+        assert not wire.link.protocol.expecting
+        assert not wire.link._liveness.quiet
+        wire.carry_out()
+        wire.peer.ping(1)
+        wire.run()
+        assert wire.link._liveness.quiet, "a pong asks for nothing"
+
+    def test_a_connection_that_took_nothing_at_first_has_its_time(self):
+        wire = Wire("client")
+        _stream, application = wire.open()
+        wire.reactor.now += limits.STALLED_SECONDS
+        wire.near.outgoing.room = 0
+        write(application, b"abc")
+        wire.turn()
+        wire.link.sweep(wire.reactor.now + 1.0)
+        assert wire.end.losses == []
+        wire.link.sweep(wire.reactor.now + limits.STALLED_SECONDS + 1.0)
+        assert wire.end.losses == [f"the peer took nothing for {limits.STALLED_SECONDS + 1:.0f} s"]
 
     def test_the_last_of_the_credit(self):
         """It is not read on where there is no room: the mask says so at once."""

@@ -46,7 +46,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("reactor",),
     ("absence", "auth", "endpoints.plain_side", "forwards", "front", "plain_endpoints", "tls"),
-    ("endpoints.proxy_header", "endpoints.stdio", "endpoints.unix", "issuer", "policy", "tls_relay", "upstream"),
+    (
+        "endpoints.proxy_header",
+        "endpoints.stdio",
+        "endpoints.unix",
+        "issuer",
+        "policy",
+        "tls_relay",
+        "upstream",
+        "validity",
+    ),
     # The data path: one stream, one link, and the ways out.
     ("config", "dial", "endpoints.plain_client", "endpoints.plain_target", "flow", "link", "profiles", "stream"),
     ("flows", "proxy_tunnel"),

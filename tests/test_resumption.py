@@ -1037,7 +1037,7 @@ class TestLog:
         assert not any(app.reset_by_peer for app in apps)
         assert len(lines("2 streams lost their link, resuming")) == 2
 
-    async def test_counters_go_along(self, make_world: Make, lines: LogLines) -> None:
+    async def test_counters_go_along(self, make_world: Make, mock_clock: MockClock, lines: LogLines) -> None:
         world = await make_world().warm()
         app, near, _far, _target = await world.stream()
         for _ in range(3):
@@ -1183,6 +1183,30 @@ class TestSilence:
         await world.settle()
         assert near.link is not None
         assert (near.link in known) is not silent
+
+    async def test_one_that_is_heard_again_asks_for_no_more_links(
+        self, make_world: Make, autojump_clock: MockClock
+    ) -> None:
+        """It is heard after all others, and so none of them would seem to live."""
+        world = make_world(idle_links=2)
+        world.run()
+        await trio.sleep(5)
+        app = world.connect(b"x")
+        await trio.sleep(5)
+        near = world.near_stream()
+        link = near.link
+        link.sock.peer.outgoing.room = 0
+        app.send(b"y")
+        app.outgoing.move(1)
+        await until(lambda: link in world.session._stalled, 5)
+        world.dialler.begun.clear()
+        link.sock.peer.outgoing.room = None
+        await until(lambda: not link.stalled, 5)
+        for _ in range(20):  # before the next sweep
+            world.targets[0].send(b"z")
+            await trio.sleep(0.01)
+            assert not world.session._unproved()
+        assert near.link is link
 
     async def test_an_idle_link_is_noticed_within_26_seconds_and_replaced(
         self, make_world: Make, autojump_clock: MockClock

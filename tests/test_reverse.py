@@ -551,6 +551,11 @@ class TestStreams:
         left_nothing(world)
         (opened,) = lines("stream opened", "client")
         assert opened["application"].startswith("192.0.2.1:")
+        assert opened["target"] == "tcp:web:80" and "bind" not in opened
+        for text in ("stream opened", "stream ended"):
+            (line,) = lines(text, "server")
+            assert line["bind"] == "127.0.0.1:8080", "the server knows no target, but where it was accepted"
+            assert "target" not in line
 
     @pytest.mark.parametrize("closer", ["app", "target"])
     async def test_a_reset_reaches_the_other_end(self, make_world: Make, closer: str) -> None:
@@ -574,6 +579,19 @@ class TestStreams:
         left_nothing(world)
         (refused,) = lines("stream refused", "server")
         assert (refused["reason"], refused["detail"]) == ("refused", "connection refused")
+        assert refused["bind"] == "127.0.0.1:8080" and "target" not in refused
+
+    async def test_its_lines_say_where_it_came_in_also_once_nobody_listens(
+        self, make_world: Make, lines: LogLines
+    ) -> None:
+        world = await up(make_world)
+        app, _far, _near, target = await arrived(world)
+        world.far_session.reverse.unlisten("1")
+        app.shutdown(socket.SHUT_WR)
+        target.shutdown(socket.SHUT_WR)
+        await world.settle()
+        (ended,) = lines("stream ended", "server")
+        assert ended["bind"] == "127.0.0.1:8080"
 
     async def test_a_connection_waits_for_a_link(self, make_world: Make, autojump_clock: MockClock) -> None:
         world = make_world(reverse=[WEB], allow_listen=ANY)
@@ -639,6 +657,7 @@ class TestStreams:
         assert app.reset_by_peer
         said = [line for line in lines.all() if "connection reset: no link to the other end in time" in line]
         assert len(said) == 1 and said[0].startswith("WARNING wstunnel.server ")
+        assert "bind=127.0.0.1:8080" in said[0] and "target=" not in said[0]
 
     async def test_the_principals_streams_are_counted_over_all_sessions(
         self, make_world: Make, lines: LogLines

@@ -7,12 +7,14 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+import trustme
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.roles import (  # lines, make_world and raises are fixtures
@@ -1083,6 +1085,55 @@ class TestRun:
             announced = read_announcement(tmp_path)
             assert announced is not None
             assert (announced.scheme, announced.pins) == ("wss", ())
+
+    async def test_a_second_one_with_the_same_state_warns_of_the_first(self, tmp_path: Path, lines: LogLines) -> None:
+        def warned() -> list[str]:
+            return [line for line in lines.all() if "another server runs with this state directory" in line]
+
+        async with serving(tmp_path) as first:
+            assert not warned()
+            async with serving(tmp_path) as second:
+                (line,) = warned()
+                assert line.startswith("WARNING ") and f'other="pid {os.getpid()}, port {first.port}"' in line
+                announced = read_announcement(tmp_path)
+                assert announced is not None and announced.port == second.port
+        before = descriptors()
+        async with serving(tmp_path):
+            assert len(warned()) == 1, "both are gone"
+        assert descriptors() == before
+
+    async def test_the_next_one_may_start_while_connections_of_the_last_end(
+        self, tmp_path: Path, lines: LogLines
+    ) -> None:
+        async with serving(tmp_path) as first:
+            stranger = await Stranger.connect(first.port)
+            assert await stranger.upgrade(first.token) == 101
+            first.server._check_gone = lambda: None  # type: ignore[method-assign]  # its last connection does not end
+            first.shutdown.set()
+            await until(lambda: first.server._stopping)
+            async with serving(tmp_path):
+                pass
+            await stranger.stream.aclose()
+            first.server.gone.set()
+        assert not [line for line in lines.all() if "another server" in line]
+
+    @pytest.mark.parametrize(("begins", "ends", "warning"), [
+        (-10, -1, "expired on"), (1, 90, "is valid from"), (-80, 13.5, "expires in 13 days, on"), (-80, 15, None),
+    ])  # fmt: skip
+    async def test_the_dates_of_a_certificate_are_warned_of(
+        self, tmp_path: Path, lines: LogLines, *, begins: int, ends: float, warning: str | None
+    ) -> None:
+        now = datetime.now(UTC)
+        made = trustme.CA().issue_cert(
+            "localhost", not_before=now + timedelta(days=begins), not_after=now + timedelta(days=ends)
+        )
+        made.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both.pem"))
+        (tmp_path / "both.pem").chmod(0o600)
+        async with serving(tmp_path, plain=False, cert=tmp_path / "both.pem", key=tmp_path / "both.pem"):
+            pass
+        warned = [line for line in lines.all() if line.startswith("WARNING ") and "the certificate" in line]
+        assert len(warned) == (warning is not None)
+        assert warning is None or f"the certificate {warning}" in warned[0]
 
     async def test_all_addresses_unless_told(self, tmp_path: Path) -> None:
         async with serving(tmp_path, bind=()) as server:

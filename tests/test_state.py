@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +16,14 @@ import pytest
 
 from wstunnel import state
 from wstunnel.errors import LocalError
-from wstunnel.state import Announcement, PrivateDirectory, read_announcement, state_directory, write_announcement
+from wstunnel.state import (
+    Announcement,
+    Claim,
+    PrivateDirectory,
+    read_announcement,
+    state_directory,
+    write_announcement,
+)
 
 ANNOUNCEMENT = Announcement(scheme="wss", port=8443, path="/t", pins=(bytes(range(32)), b"\xff" * 32))
 
@@ -79,6 +88,64 @@ class TestStateDirectory:
         monkeypatch.setattr(os, "open", refusing(PermissionError, errno.EACCES))
         with pytest.raises(LocalError, match=r"run it as the user of the server, or with sudo, or .* --state-dir"):
             state_directory(tmp_path, {})
+
+
+class TestClaim:
+    def test_the_second_learns_of_the_first(self, tmp_path: Path) -> None:
+        first = Claim(tmp_path, 443)
+        assert first.other is None
+        second = Claim(tmp_path, None)
+        assert second.other == f"pid {os.getpid()}, port 443"
+        second.release()
+        assert Claim(tmp_path, 80).other is not None, "the first one runs on"
+        first.release()
+        first.release()
+        third = Claim(tmp_path, None)
+        assert third.other is None
+        assert Claim(tmp_path, 1).other == f"pid {os.getpid()}, Unix sockets"
+        third.release()
+        fourth = Claim(tmp_path, 8)
+        assert Claim(tmp_path, 1).other == f"pid {os.getpid()}, port 8", "nothing is left of the longer text"
+        fourth.release()
+        assert mode(tmp_path / "server.lock") == 0o600
+
+    def test_one_that_was_killed_leaves_none(self, tmp_path: Path) -> None:
+        code = (
+            "import os, sys; from pathlib import Path; from wstunnel.state import Claim;"
+            "claim = Claim(Path(sys.argv[1]), 9); os.kill(os.getpid(), 9)"
+        )
+        killed = [sys.executable, "-c", code, str(tmp_path)]
+        assert subprocess.run(killed, check=False, timeout=60).returncode == -9
+        assert (tmp_path / "server.lock").read_text().endswith("port 9\n")
+        claim = Claim(tmp_path, 443)
+        assert claim.other is None
+        claim.release()
+
+    def test_a_first_one_that_has_not_said_who_it_is(self, tmp_path: Path) -> None:
+        with (tmp_path / "server.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert Claim(tmp_path, 443).other == "which has only begun to start"
+
+    def test_a_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(fcntl, "flock", refusing(OSError, errno.ENOLCK))
+        assert Claim(tmp_path, 443).other is None
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    @pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
+    def test_what_is_no_file_is_left_alone(self, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / "server.lock"
+        if kind == "link":
+            path.symlink_to("victim")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.mkdir()
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(LocalError, match=r"server\.lock"):
+            Claim(tmp_path, 443)
+        assert not (tmp_path / "victim").exists()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 class TestAnnouncement:

@@ -269,17 +269,28 @@ class TestEnds:
         assert read(application) == b"abcd"
         assert application.incoming.ended
 
-    def test_an_application_that_is_gone_when_it_is_told_the_end(self):
-        """shutdown() fails then. Nothing is lost by it, and what the application sent goes to the peer to its end."""
+    @pytest.mark.parametrize("ended", [False, True])
+    def test_an_application_that_is_gone_when_it_is_told_the_end(self, ended):
+        """shutdown() fails after a TCP reset only. What the application sent goes to the peer to its end, then that."""
         wire = Wire()
+        wire.consuming = False
         stream, application = wire.open()
         write(application, b"last words")
         stream.sock.shutdown = failing(errno.ENOTCONN)
+        if ended:
+            close_write(application)
+            wire.run()
         wire.state.outbound.end()
         close_write(application)
         wire.run()
+        assert stream.outcome is None
+        wire.state.inbound.taken(10)
+        wire.state.inbound.end_delivered()
+        wire.state.ack_wanted = True
+        wire.run()
         assert wire.data() == b"last words"
-        assert stream.outcome == ("finished", "")
+        assert stream.outcome == ("reset", "connection reset")
+        assert wire.got[-1] == Reset(n=1, code="reset", message="connection reset")
 
     def test_the_application_resets(self):
         wire = Wire()

@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
@@ -223,6 +224,107 @@ class TestWakes:
         event = trio.Event()
         reactor.later(event.set)
         await event.wait()
+
+
+class TestOneEvent:
+    """Most waits end with one event, which is served without a batch: all that a turn does is done for it, too."""
+
+    async def test_now_is_exact_behind_it(
+        self, reactor: EpollReactor, callback: Callable[[Callable[[], object]], None]
+    ) -> None:
+        served = trio.Event()
+        callback(served.set)
+        await served.wait()
+        before = reactor.now
+        time.sleep(0.001)
+        assert reactor.now > before
+
+    async def test_now_stands_still_while_it_is_served(
+        self, reactor: EpollReactor, callback: Callable[[Callable[[], object]], None]
+    ) -> None:
+        seen: list[float] = []
+        served = trio.Event()
+
+        def look() -> None:
+            seen.append(reactor.now)
+            time.sleep(0.001)
+            seen.append(reactor.now)
+            served.set()
+
+        callback(look)
+        await served.wait()
+        assert seen[0] == seen[1]
+
+    async def test_again(
+        self, reactor: EpollReactor, epoll: WatchedEpoll, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        """TLS holds bytes that no selector sees."""
+        handler, done = Recorder(), trio.Event()
+
+        def read() -> None:
+            if handler.drain():
+                reactor.again(handler)
+            else:
+                done.set()
+
+        handler.read = read
+        reactor.adopt(handler, pair[0], look=False)
+        epoll.when_waiting(lambda: pair[1].send(b"x"))
+        await done.wait()
+
+    async def test_later_within_later(
+        self, reactor: EpollReactor, callback: Callable[[Callable[[], object]], None]
+    ) -> None:
+        done = trio.Event()
+        callback(lambda: reactor.later(lambda: reactor.later(done.set)))
+        await done.wait()
+
+    async def test_later_within_later_of_an_alarm(self, reactor: EpollReactor, epoll: WatchedEpoll) -> None:
+        done = trio.Event()
+        reactor.at(trio.current_time() + 0.01, lambda: reactor.later(lambda: reactor.later(done.set)))
+        await done.wait()
+
+    async def test_an_alarm_that_is_late_leaves_the_next_one_its_time(
+        self, reactor: EpollReactor, callback: Callable[[Callable[[], object]], None]
+    ) -> None:
+        ran: list[int] = []
+        done = trio.Event()
+
+        def block() -> None:
+            reactor.at(trio.current_time() + 0.001, lambda: ran.append(1))
+            time.sleep(0.02)
+            reactor.at(trio.current_time() + 0.05, lambda: (ran.append(2), done.set()))
+
+        callback(block)
+        await done.wait()
+        assert ran == [1, 2]
+
+    async def test_alarms_run_while_other_tasks_always_can(self, reactor: EpollReactor, epoll: WatchedEpoll) -> None:
+        ran = trio.Event()
+        reactor.at(trio.current_time() + 0.01, ran.set)
+        for _ in range(1_000_000):
+            await trio.lowlevel.checkpoint()
+            if ran.is_set():
+                return
+        raise AssertionError("the alarm starved")
+
+    async def test_now_is_exact_once_it_was_interrupted(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        reactor, handler = EpollReactor(), Recorder()
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        handler.read = interrupt
+        pair[1].send(b"x")
+        with pytest.raises(BaseExceptionGroup) as caught:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(reactor.run)
+                await trio.sleep(0.01)
+                reactor.adopt(handler, pair[0], look=False)
+        assert caught.group_contains(KeyboardInterrupt)
+        before = reactor.now
+        time.sleep(0.001)
+        assert reactor.now > before
 
 
 class TestEnd:

@@ -462,6 +462,24 @@ class Users:
         except OSError as error:
             raise_local(error, path, "written")
 
+    def remove_token(self, name: str, token: Token) -> None:
+        """Take back what `add_token` did. Nothing happens if the user has no such token.
+
+        Raises:
+            UsageError: not a user's name.
+            LocalError: the directory may not be written by this user, or the disk is full.
+        """
+        check_user_name(name)
+        entry = f"sha256:{token.digest().hex()}".encode()
+        try:
+            with PrivateDirectory.open(self._directory, follow=False, lock=True) as private:
+                before = private.read(name) or b""
+                after = b"".join(line for line in before.splitlines(keepends=True) if not line.startswith(entry))
+                if after != before:
+                    private.write(name, after)
+        except OSError as error:
+            raise_local(error, self._directory / name, "written")
+
     def _refresh(self) -> None:
         now = self._now_ns()
         self._unread = None

@@ -267,7 +267,8 @@ class Check:
             issuer = seen.tls and seen.tls["issuer"]
             if issuer and issuer not in text:
                 text += f" (the certificate that it showed was issued by {issuer})"
-            self._fail("tls", text, seen.tls or {}, advice.tls(error, pinned=bool(self._pins)))
+            then = advice.tls(error, pinned=bool(self._pins), proxied=self._proxy is not None)
+            self._fail("tls", text, seen.tls or {}, then)
         if layer in ("name", "tcp"):  # it worked a moment ago and has been told: the next step is what is missing
             self._fail("tls", text, {}, advice.AGAIN)
         answer = seen.answer
@@ -280,7 +281,7 @@ class Check:
         shown = f" ({_status(evidence)})" if evidence and (evidence.keys() & {"server", "via"}) else ""
         refused = answer.status if isinstance(error, ServerRefusedError) and answer is not None else None
         self._report.refused = refused in (400, 403)
-        then = advice.VERSION if refused == 400 else advice.http(answer, self._url)
+        then = advice.VERSION if refused == 400 else advice.http(answer, self._url, text)
         self._fail("http", text + shown, evidence, then)
 
     def _passed(self, seen: Seen, error: WstunnelError | None) -> None:

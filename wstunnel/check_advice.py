@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from wstunnel.errors import NetworkError, TrustError
+from wstunnel.wire.handshake import TOO_MANY_LINKS, TRY_AGAIN_LATER
 
 if TYPE_CHECKING:
     from wstunnel.auth import LoginUrl
@@ -46,6 +47,10 @@ TLS_OTHER: Final = (
     "check the port, and whether the URL should begin with ws://. If both are right something on the way does not let "
     "TLS through: give the network's proxy with --proxy, or ask its operator"
 )
+TLS_BEHIND_PROXY: Final = (
+    "check the port, and whether the URL should begin with ws://. If both are right the proxy, or something behind it, "
+    "does not let TLS through to that port: ask its operator; `--proxy none` goes without it"
+)
 NO_HTTP: Final = (
     "something accepted the connection, and what it answers, if anything, is no HTTP: another service has the port, or "
     "a firewall swallows what it does not know. Check the URL, and use wss:// on port 443"
@@ -67,6 +72,15 @@ _ALTERED: Final = (
     "in front of the server it must pass it on as it is; in the client's network wss:// hides the answer from it"
 )
 _UNREACHED: Final = "the proxy in front of the server could not reach it: see that the server runs where it leads to"
+BUSY: Final = (
+    "the proxy in front of the server could not reach it, or has no room: see that the server runs where it leads to, "
+    "and what the proxy's own log says"
+)
+BUSY_LINKS: Final = (
+    "the server runs, and this user has as many links as it lets one have: end clients of theirs that are not needed, "
+    "or give the server more open files (`ulimit -n`, systemd's LimitNOFILE=)"
+)
+BUSY_USERS: Final = "the server runs, and cannot read its users: its log says which file, and why"
 _PAGE: Final = (
     "an ordinary web page came. In a guest network it is the log-in page: open http://example.com in a browser and log "
     "in. Else a web server has this host or path: check the URL, or the proxy in front of the server"
@@ -80,16 +94,16 @@ _BY_STATUS: Final = {
     426: _STRIPPED,
     429: "wait, then try again; or raise the limit of the proxy in front of the server",
     502: _UNREACHED,
-    503: _UNREACHED,
+    503: BUSY,
     504: _UNREACHED,
     505: _STRIPPED,  # nginx speaks HTTP/1.0 to the server unless it is told otherwise
 }
 
 
-def tls(error: WstunnelError, *, pinned: bool) -> str:
-    """After a failed TLS handshake."""
+def tls(error: WstunnelError, *, pinned: bool, proxied: bool) -> str:
+    """After a failed TLS handshake, perhaps through a proxy."""
     if not isinstance(error, TrustError):
-        return TLS_OTHER
+        return TLS_BEHIND_PROXY if proxied else TLS_OTHER
     return PIN_WRONG if pinned else TRUST
 
 
@@ -101,8 +115,8 @@ def proxy(error: WstunnelError) -> str:
     return PROXY_NAMES if by_us else PROXY_ANSWER
 
 
-def http(response: Response | None, url: LoginUrl) -> str:
-    """After an answer that is no upgrade, or none at all."""
+def http(response: Response | None, url: LoginUrl, said: str = "") -> str:
+    """After an answer that is no upgrade, or none at all; `said` holds the first line of its body."""
     if response is None:
         return NO_HTTP
     status = response.status
@@ -115,6 +129,10 @@ def http(response: Response | None, url: LoginUrl) -> str:
         )
     if status < 300:
         return _PAGE
+    if status == 503 and f"(503: {TOO_MANY_LINKS})" in said:
+        return BUSY_LINKS
+    if status == 503 and f"(503: {TRY_AGAIN_LATER})" in said:
+        return BUSY_USERS
     if status == 400 and url.scheme == "ws":
         return f"the port may speak TLS: try wss://. Else {_STRIPPED}"
     return _BY_STATUS.get(status, "check the URL; what answered says more in its own log")

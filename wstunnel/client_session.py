@@ -13,7 +13,7 @@ from itertools import zip_longest
 import trio
 
 from wstunnel import limits, logs, sockets, systemd
-from wstunnel.absence import YOUNG_SECONDS, Absence
+from wstunnel.absence import LOST, UNREACHED, YOUNG_SECONDS, Absence
 from wstunnel.dialler import AGENT, Dialler
 from wstunnel.egress import Egress
 from wstunnel.endpoints import proxy_header
@@ -186,11 +186,12 @@ class ClientSession(Session):
 
     def _unproved(self) -> int:
         """Streams for which no idle link will do: they wait already, or theirs is silent and none was heard since."""
-        needed = self._recovery.ready(self.reactor.now) + len(self._stalled)
+        silent = [link for link in self._stalled if link.stalled]  # not those that were heard again since
+        needed = self._recovery.ready(self.reactor.now) + len(silent)
         if not needed:
             return 0
         # Links that have not been welcomed yet will do, and for those that are silent, links that were heard since.
-        since = max((link.last_received for link in self._stalled), default=math.inf)
+        since = max((link.last_received for link in silent), default=math.inf)
         idle = self.ingress.idle
         return max(needed - sum(not link.protocol.greeted or link.last_received > since for link in idle), 0)
 
@@ -356,16 +357,19 @@ class ClientSession(Session):
         self.trouble = str(error)
         if error.layer == "tunnel":
             self._dialler.failed(error)
-        first = self._absence.failed(trio.current_time())
-        if first is None:
+        line = self._absence.failed(trio.current_time(), linked=any(self._lives(link) for link in self.links))
+        if line is None:
             return
-        if first:
-            _log.warning(
-                "lost the server, trying again" if self._absence.welcomed else "cannot reach the server, trying again",
-                layer=error.layer, reason=str(error),
-            )  # fmt: skip
+        if line:
+            _log.warning(line, layer=error.layer, reason=str(error))
+        if line in (LOST, UNREACHED):
             systemd.notify(f"STATUS=the server is away: {logs.escape(str(error))}", environ=os.environ)
         self._changed.set()
+
+    def _lives(self, link: Link) -> bool:
+        """Whether the link shows that the server is there, as far as anybody knows."""
+        protocol = link.protocol
+        return protocol.greeted and protocol.state is not Exchange.CLOSED and not link.stalled and not self._going(link)
 
     # --- streams that lost their link ---------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ async def run(
         TrustError: the server could not prove who it is.
     """
     session, relays = make_session(config)
+    session.tells_refusals = True  # by the error that is raised
     stdio = Stdio(source, sink)
     outcome: list[tuple[str, str]] = []
     over = trio.Event()

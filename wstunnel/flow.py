@@ -73,7 +73,7 @@ class Flow(Handler):
     """
 
     __slots__ = (
-        "_receive", "active", "address", "application", "boot", "created", "dropped", "forward", "link", "note",
+        "_receive", "active", "address", "application", "bind", "boot", "created", "dropped", "forward", "link", "note",
         "outcome", "owner", "peer", "proof_after", "reason", "state", "target", "when_ending",
     )  # fmt: skip
 
@@ -94,6 +94,7 @@ class Flow(Handler):
         self.target = target
         self.peer = peer
         self.forward = forward
+        self.bind = ""
         self.link: Link | None = None
         self.reason: tuple[str, str] | None = None
         self.outcome: tuple[str, str] | None = None

@@ -30,17 +30,21 @@ class Flows:
         reactor: where their sockets live.
         log: of the role.
         session: how the log calls the session.
+        bind_of: tells where the connections of a forward are accepted, by its id; "" if that is unknown.
 
     Attributes:
         timeout: seconds without a datagram after which a flow ends.
     """
 
-    def __init__(self, principal: Principal, reactor: Reactor, log: logs.Log, session: str) -> None:
+    def __init__(
+        self, principal: Principal, reactor: Reactor, log: logs.Log, session: str, bind_of: Callable[[str], str]
+    ) -> None:
         self.reactor = reactor
         self.timeout: float = limits.UDP_IDLE_SECONDS
         self._principal = principal
         self._log = log
         self._session = session
+        self._bind_of = bind_of
         self._flows: OrderedDict[str, Flow] = OrderedDict()  # the one that was idle longest first
         self._lines = 0  # since the last sweep
         self._untold: dict[str, int] = {}  # what was not logged since then, and how often
@@ -66,6 +70,7 @@ class Flows:
 
     def _add(self, flow: Flow) -> Flow:
         self._flows[flow.state.id] = flow
+        flow.bind = self._bind_of(flow.forward)
         self._principal.streams += 1
         self._principal.accepted += not flow.state.egress
         return flow
@@ -119,7 +124,11 @@ class Flows:
             say("more flows than the log tells of", **untold, principal=self._principal.name, session=self._session)
 
     def _describe(self, flow: Flow, **fields: object) -> dict[str, object]:
-        whose: dict[str, object] = {"flow": logs.hash_id(flow.state.id), "target": flow.target, **fields}
+        whose: dict[str, object] = {
+            "flow": logs.hash_id(flow.state.id),
+            **logs.whither(flow.target, flow.bind),
+            **fields,
+        }
         whose |= {"peer": flow.peer, "principal": self._principal.name, "session": self._session}
         if flow.application:
             whose["application"] = flow.application

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from wstunnel import limits, sockets
+from wstunnel import limits, logs, sockets
 from wstunnel.errors import StreamError
 from wstunnel.flow import Flow
 from wstunnel.link import Link
 from wstunnel.pool import Demand
-from wstunnel.session import whither
 from wstunnel.stream import Stream
 from wstunnel.wire.states import Exchange
 
@@ -331,7 +330,7 @@ class Ingress:
             wanted.flow.reset(code, message)  # which is logged as the end of any flow
             return
         if not quiet:
-            where = whither(wanted.target, self._session.bind_of(wanted.forward))
+            where = logs.whither(wanted.target, self._session.bind_of(wanted.forward))
             self._session.warn_refused(f"connection reset: {message}", peer=wanted.peer, **where)
         if wanted.sock is not None:
             sockets.reset(wanted.sock)

@@ -86,6 +86,11 @@ def hash_id(stream_id: str) -> str:
     return hashlib.sha256(stream_id.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
+def whither(target: str, bind: str) -> dict[str, object]:
+    """Fields for a log line: what is dialled, as far as this end knows, and where a reverse forward accepted it."""
+    return {name: text for name, text in (("target", target), ("bind", bind)) if text}
+
+
 class _Message:
     """What `Log` hands to `logging`: text and fields apart. `str()` is the line without time, for any handler."""
 

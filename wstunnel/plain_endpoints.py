@@ -29,6 +29,7 @@ from wstunnel.targets import (
     parse_target,
     split_host_port,
 )
+from wstunnel.wire.addresses import pack_address, url_address
 
 GRAMMAR = "/PATH=[tcp:]HOST:PORT or /PATH=unix:/SOCKET, as in /db=tcp:127.0.0.1:5432"
 ORIGIN_GRAMMAR = "SCHEME://HOST[:PORT] as a browser sends it, without a path: https://app.example.org"
@@ -105,6 +106,9 @@ def parse_origin(text: str) -> str:
     name = parse_host(host)
     if _NUMERIC.fullmatch(name) and address_family(name) is None:
         raise host.error("browsers write such an address as four numbers: 127.0.0.1")
+    packed = pack_address(name) if ":" in name else None
+    if packed is not None:
+        name = url_address(packed)
     number = None if port is None else parse_port(port)
     kind = scheme[0].lower()
     if number is None or number == _DEFAULT_PORTS.get(kind):

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import ssl
+from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from wstunnel import descriptors, limits, logs, systemd, tls
+from wstunnel import descriptors, limits, logs, systemd, tls, validity
 from wstunnel.auth import Users
 from wstunnel.config import ServerConfig
 from wstunnel.dial import is_local_address, source_addresses
@@ -31,7 +32,7 @@ from wstunnel.reactor import Reactor, make_reactor
 from wstunnel.reverse_server import Place, Places
 from wstunnel.server_session import ServerSession
 from wstunnel.session import Principal
-from wstunnel.state import Announcement, write_announcement
+from wstunnel.state import Announcement, Claim, write_announcement
 from wstunnel.targets import Target
 from wstunnel.transport import Transport
 from wstunnel.wire import handshake
@@ -219,11 +220,11 @@ class Server:
             name = self.users.authenticate(token)
         except LocalError as error:
             _log.error("the users cannot be read", reason=str(error))
-            raise HandshakeError(503, "try again later") from error
+            raise HandshakeError(503, handshake.TRY_AGAIN_LATER) from error
         if name is None:
             raise HandshakeError(401, "no valid token", (("WWW-Authenticate", 'Bearer realm="wstunnel"'),))
         if self.links_of(name) >= self.share(limits.PRINCIPAL_LINKS):
-            raise HandshakeError(503, "too many links")
+            raise HandshakeError(503, handshake.TOO_MANY_LINKS)
         await transport.send(handshake.accept_response(upgrade))
         link = Link(LinkProtocol("server"), self, peer=peer.name, now=self.reactor.now)
         self._greeting[link] = name
@@ -394,9 +395,20 @@ def _tls(config: ServerConfig) -> tuple[ssl.SSLContext | None, tuple[bytes, ...]
     if config.plain:
         return None, ()
     if config.cert is not None and config.key is not None:
-        return tls.server_context(config.cert, config.key), ()
+        context = tls.server_context(config.cert, config.key)
+        _warn_of_dates(config.cert)
+        return context, ()
     cert, key = tls.ensure_certificate(config.state_dir, names=(socket.gethostname(),))
     return tls.server_context(cert, key), (tls.certificate_pin(cert),)
+
+
+def _warn_of_dates(cert: Path) -> None:
+    try:
+        trouble = validity.trouble(tls.first_certificate(cert), datetime.now(UTC))
+    except (ValueError, LocalError):
+        return  # OpenSSL has read it, in a form that certificates no longer have: clients will say
+    if trouble is not None:
+        _log.warning(f"the certificate {trouble}", file=cert)
 
 
 def _warn_exposed(config: ServerConfig, addresses: tuple[str, ...]) -> None:
@@ -448,10 +460,18 @@ async def run(
     if not addresses and not config.bind_unix:
         addresses = ("0.0.0.0", "::")  # noqa: S104  # the documented default
     listeners: list[Bound] = []
+    claim: Claim | None = None
     try:
         _bind(config, addresses, listeners)
         context, pins = _tls(config)
         port = listeners[0].sock.getsockname()[1] if addresses else None
+        claim = Claim(config.state_dir, port)
+        if claim.other is not None:
+            _log.warning(
+                "another server runs with this state directory, and `wstunnel invite` names this one from now on:"
+                " give each its own --state-dir, or name the other one by `wstunnel invite --url`",
+                other=claim.other, directory=config.state_dir,
+            )  # fmt: skip
         write_announcement(
             config.state_dir,
             Announcement(scheme="ws" if config.plain else "wss", port=port, path=config.path, pins=pins),
@@ -461,19 +481,23 @@ async def run(
     except BaseException:
         for listener in listeners:
             listener.close()
+        if claim is not None:
+            claim.release()
         raise
     _warn_exposed(config, addresses)
     try:
-        await _serve(config, listeners, context, available=available, shutdown=shutdown, task_status=task_status)
+        await _serve(config, listeners, context, claim, available=available, shutdown=shutdown, task_status=task_status)
     finally:
         for listener in listeners:  # those that the reactor had not taken over
             listener.close()
+        claim.release()
 
 
 async def _serve(
     config: ServerConfig,
     listeners: list[Bound],
     context: ssl.SSLContext | None,
+    claim: Claim,
     *,
     available: int,
     shutdown: trio.Event,
@@ -499,6 +523,7 @@ async def _serve(
         await shutdown.wait()
         systemd.notify("STOPPING=1", environ=os.environ)
         nursery.cancel_scope.deadline = trio.current_time() + 2 * limits.LINGER_SECONDS
+        claim.release()
         for listener in listeners:
             listener.unlink()
         listeners.clear()  # once is enough: by now another server may have the path

@@ -190,6 +190,9 @@ class ServerSession(Session):
             self._needed = needed
             control.send(Need(links=needed))
 
+    def bind_of(self, forward: str) -> str:
+        return self.reverse.bind_of(forward)
+
     def lacking(self) -> None:
         if self.ingress.waiting or self.ingress.reopening:
             self.reactor.later(self._tell_need)

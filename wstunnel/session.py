@@ -113,12 +113,14 @@ class Session:
         streams: by id, from their first message until both ends are done with them.
         flows: its datagram flows.
         links: all links, whatever they carry.
+        tells_refusals: whoever wants a stream says itself that it was refused; the log need not.
     """
 
     resumes = False
     window = limits.WINDOW_FIRST
     most_streams = limits.PRINCIPAL_STREAMS
     most_accepted = limits.PRINCIPAL_STREAMS
+    tells_refusals = False
 
     def __init__(self, session_id: str, principal: Principal, reactor: Reactor, log: logs.Log) -> None:
         self.id = session_id
@@ -127,7 +129,7 @@ class Session:
         self.reactor = reactor
         self.log = log
         self.streams: dict[str, Stream] = {}
-        self.flows = Flows(principal, reactor, log, self._name)
+        self.flows = Flows(principal, reactor, log, self._name, self.bind_of)
         self.links: set[Link] = set()
         self.resume_window = 0.0
         self.outages = Outages()
@@ -176,10 +178,20 @@ class Session:
         """A new stream, in the table."""
         state = StreamState(stream_id, egress=egress, budget=self.principal.budget, window=self.window)
         stream = Stream(state, self, target=target, peer=peer, now=self.reactor.now, forward=forward)
+        stream.bind = self.bind_of(forward)
         self.streams[stream_id] = stream
         self.principal.streams += 1
         self.principal.accepted += not egress
         return stream
+
+    def bind_of(self, forward: str) -> str:
+        """Where the connections of this forward are accepted, for the log. Here: unknown."""
+        return ""
+
+    def warn_refused(self, text: str, **fields: object) -> None:
+        """Log that a stream or a connection was refused."""
+        say = self.log.info if self.tells_refusals else self.log.warning
+        say(text, **fields)
 
     def _whose(self, stream: Stream) -> dict[str, object]:
         fields: dict[str, object] = {"peer": stream.peer, "principal": self.principal.name, "session": self._name}
@@ -190,7 +202,8 @@ class Session:
     def stream_opened(self, stream: Stream) -> None:
         self.log.info(
             "stream opened",
-            stream=logs.hash_id(stream.state.id), target=stream.target, address=stream.address, **self._whose(stream),
+            stream=logs.hash_id(stream.state.id), **logs.whither(stream.target, stream.bind), address=stream.address,
+            **self._whose(stream),
         )  # fmt: skip
 
     def stream_ended(self, stream: Stream) -> None:
@@ -205,7 +218,7 @@ class Session:
             self.outages.lost()
         inbound = stream.inbound.received - (stream.inbound.total is not None)
         fields: dict[str, object] = {
-            "stream": logs.hash_id(stream.state.id), "target": stream.target,
+            "stream": logs.hash_id(stream.state.id), **logs.whither(stream.target, stream.bind),
             "sent": stream.outbound.replay.end, "received": inbound,
             "seconds": round(self.reactor.now - stream.created, 3), "reason": code,
             **self._whose(stream),
@@ -217,7 +230,7 @@ class Session:
         if stream.state.opened:
             self.log.info("stream ended", **fields)
         else:
-            self.log.warning("stream refused", **fields)
+            self.warn_refused("stream refused", **fields)
 
     def stream_moved(self, stream: Stream) -> None:
         self._moved[stream] = None

@@ -2,6 +2,7 @@
 
 STATE/
   server.json       what the server last announced: scheme, port, path, pins
+  server.lock       which server runs: locked as long as it does
   server.crt        its own certificate, when none was given (tls.py)
   server.key
   users/NAME        hashes of the tokens of one user (auth.py)
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from typing import NoReturn, Self
 
 ANNOUNCEMENT_NAME: Final = "server.json"
+CLAIM_NAME: Final = "server.lock"
 PRIVATE_FILE_BYTES: Final = 256 * 1024
 """Longest file that is read: two thousand tokens of one user. Other files here are far shorter."""
 LOCK_SECONDS: Final = 2.0
@@ -128,6 +130,55 @@ def write_announcement(directory: Path, announcement: Announcement) -> None:
             private.write(path.name, (json.dumps(document) + "\n").encode())
     except OSError as error:
         raise_local(error, path, "written")
+
+
+class Claim:
+    """Shows other servers that one runs with this state directory: by a lock, which no crash leaves behind.
+
+    It forbids nothing. Two servers may share their users; but only one of them is named by `wstunnel invite`. Release
+    it once the server listens no more: the next one may start while the last connections end.
+
+    Args:
+        directory: the state directory.
+        port: that the server listens on; None if on Unix sockets only.
+
+    Attributes:
+        other: the server that has the directory already, as in `pid 12, port 443`; None if there is none, and the claim
+            is this one's.
+
+    Raises:
+        LocalError: the directory may not be written.
+    """
+
+    def __init__(self, directory: Path, port: int | None) -> None:
+        self.other: str | None = None
+        self._descriptor = -1
+        try:
+            with PrivateDirectory.open(directory) as private:
+                self._descriptor = private.open_kept(CLAIM_NAME)
+            self._take(f"pid {os.getpid()}, " + ("Unix sockets" if port is None else f"port {port}"))
+        except OSError as error:
+            self.release()
+            raise_local(error, directory / CLAIM_NAME, "written")
+
+    def _take(self, words: str) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = read_regular(self._descriptor)[1].decode("utf-8", "replace").strip()
+            self.other = said or "which has only begun to start"
+            self.release()
+        except OSError:
+            self.release()  # a file system without locks, where nothing can be known of others
+        else:
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"{words}\n".encode())
+
+    def release(self) -> None:
+        """May be called again."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def read_announcement(directory: Path) -> Announcement | None:
@@ -279,6 +330,21 @@ class PrivateDirectory:
         with contextlib.suppress(OSError):
             # Some file systems have no fsync for directories; the rename stays atomic without.
             os.fsync(self._descriptor)
+
+    def open_kept(self, name: str) -> int:
+        """Open a file to read and write, and make it if it is not there. The descriptor is the caller's."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(name, flags, 0o600, dir_fd=self._descriptor)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            if status.st_uid == os.geteuid():  # a file of somebody else has its owner already
+                _give(descriptor, os.fstat(self._descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def names(self) -> list[str]:
         """The names of all entries, sorted, but those that begin with a dot: temporary files do."""

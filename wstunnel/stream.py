@@ -80,6 +80,7 @@ class Stream(Handler):
         decided: at the ingress: called once, when the target was reached or else when the stream is over.
         when_over: called when the stream is over.
         outcome: None while it lives, then (code, message); code `finished` for a clean end.
+        bind: at the server, where the connection of a reverse forward was accepted; else empty.
         address: what the egress dialled.
         asked: at the client: boot id of the server that was last asked to resume it.
         boot: at the client: of the server that was asked to open it.
@@ -90,8 +91,8 @@ class Stream(Handler):
     """
 
     __slots__ = (
-        "_announced", "_read_done", "_unsaid", "_write_failed", "address", "application", "asked", "boot", "created",
-        "decided", "dialling", "forward", "inbound", "link", "note", "outbound", "outcome", "owner", "peer",
+        "_announced", "_read_done", "_unsaid", "_write_failed", "address", "application", "asked", "bind", "boot",
+        "created", "decided", "dialling", "forward", "inbound", "link", "note", "outbound", "outcome", "owner", "peer",
         "proof_after", "reason", "state", "target", "when_over",
     )  # fmt: skip
 
@@ -108,6 +109,7 @@ class Stream(Handler):
         self.forward = forward
         self.decided: Callable[[Stream], None] | None = None
         self.when_over: Callable[[Stream], None] | None = None
+        self.bind = ""
         self.address = ""
         self.application = ""
         self.note = ""
@@ -325,12 +327,13 @@ class Stream(Handler):
             return
         if self._write_failed:
             return  # it has not: to ack the end would say that it has, and the reset that is due could not be sent
-        inbound.end_delivered()
         if self.sock is not None:
             try:
                 self.sock.shutdown(socket.SHUT_WR)
-            except OSError as error:
+            except OSError as error:  # it was reset: some of what it was sent before may have been lost
                 self._write_broke(error)
+                return
+        inbound.end_delivered()
 
     def _write_broke(self, error: OSError) -> None:
         """The application takes no more. Go on consuming, read what it sent to its EOF, then reset: replies that were

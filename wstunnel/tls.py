@@ -223,13 +223,23 @@ def certificate_pin(path: Path) -> bytes:
     Raises:
         LocalError: it cannot be read, or holds no certificate.
     """
+    try:
+        return public_key_pin(first_certificate(path))
+    except ValueError as error:
+        raise LocalError(f"the certificate {path} is malformed: {error}") from error
+
+
+def first_certificate(path: Path) -> bytes:
+    """The first certificate in a PEM file, as DER: the server's own, where a chain follows.
+
+    Raises:
+        LocalError: it cannot be read, or holds no certificate.
+        ValueError: the block is not base64.
+    """
     text = _pem(path, "certificate", "CERTIFICATE-----")
     begin = text.index("-----BEGIN CERTIFICATE-----")
     end = text.find("-----END CERTIFICATE-----", begin)
-    try:
-        return public_key_pin(ssl.PEM_cert_to_DER_cert(text[begin : end + len("-----END CERTIFICATE-----")]))
-    except ValueError as error:
-        raise LocalError(f"the certificate {path} is malformed: {error}") from error
+    return ssl.PEM_cert_to_DER_cert(text[begin : end + len("-----END CERTIFICATE-----")])
 
 
 def server_context(cert: Path, key: Path) -> ssl.SSLContext:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Invoke, Terminal
+from tests.cli.conftest import Invoke, Program, Terminal
 from wstunnel.auth import Token, Users, parse_login_url
 from wstunnel.state import Announcement, state_directory, write_announcement
 
@@ -151,3 +152,29 @@ def test_a_terminal_is_told_what_to_do_with_the_url(tmp_path: Path) -> None:
     terminal = Terminal("invite", "--host", "a", "--state-dir", str(tmp_path / "s"))
     assert terminal.finish() == 0
     assert "On the client machine: wstunnel login" in terminal.shown
+
+
+def test_a_token_that_nobody_saw_is_taken_back(program: Program, tmp_path: Path) -> None:
+    flags = ("-m", "wstunnel", "invite", "--host", "a", "--state-dir", str(tmp_path / "s"))
+    kept = program(*flags)
+    url = parse_login_url(kept.communicate(timeout=60)[0])
+    before = (tmp_path / "s/users/default").read_text()
+    with open("/dev/full", "w") as full:
+        unseen = program(*flags, stdout=full)
+        said = unseen.communicate(timeout=60)[1]
+    assert unseen.returncode == 1
+    assert "cannot write to standard output" in said and "its token was taken back" in said
+    assert (tmp_path / "s/users/default").read_text() == before
+    assert Users(tmp_path / "s").authenticate(url.require_token().reveal()) == "default"
+
+
+def test_a_token_whose_reader_has_gone_is_taken_back(program: Program, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        unread = program("-m", "wstunnel", "invite", "--host", "a", "--state-dir", str(tmp_path / "s"), stdout=writer)
+        unread.communicate(timeout=60)
+    finally:
+        os.close(writer)
+    assert unread.returncode == 1
+    assert "sha256" not in (tmp_path / "s/users/default").read_text()

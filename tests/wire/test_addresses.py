@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from wstunnel.errors import UsageError
 from wstunnel.targets import parse_target
-from wstunnel.wire.addresses import pack_address, parse_host, unmapped, unmapped_network, unpack_address
+from wstunnel.wire.addresses import (
+    pack_address,
+    parse_host,
+    unmapped,
+    unmapped_network,
+    unpack_address,
+    url_address,
+)
 
 
 class TestPacked:
@@ -34,6 +41,21 @@ class TestPacked:
         text = socket.inet_ntop(socket.AF_INET6, packed)
         assert unpack_address(packed) == text
         assert pack_address(text) == packed
+
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            ("::ffff:127.0.0.1", "::ffff:7f00:1"),
+            ("::ffff:0.0.0.0", "::ffff:0:0"),
+            ("::1.2.3.4", "::102:304"),
+            ("::", "::"),
+            ("1:0:0:2:0:0:0:3", "1:0:0:2::3"),
+            ("1:0:2:3:4:5:6:7", "1:0:2:3:4:5:6:7"),
+        ],
+    )
+    def test_as_browsers_write_it(self, text: str, shown: str) -> None:
+        """The first longest run of two zeros or more is left out, and nothing has dots."""
+        assert url_address(socket.inet_pton(socket.AF_INET6, text)) == shown
 
     @pytest.mark.parametrize(
         "text", ["", "a", "localhost", "1.2.3", "1.2.3.256", "01.2.3.4", "::g", "fe80::1%eth0", "[::1]", "1.2.3.4:5"]

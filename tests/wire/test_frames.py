@@ -378,6 +378,12 @@ class TestWhole:
             *(encode(opcode, b"x" * 9, masked=masked) for opcode in Opcode if opcode is not Opcode.BINARY),
             *(bytes([short[0] | reserved]) + short[1:] for reserved in (0x40, 0x20, 0x10)),
             raw(0x82, b"\x7e\x00\x09", b"x" * 9, masked=masked),  # a length that is not in the fewest bytes
+            *(
+                bytes([0x82, second]) + b"abc"[:size]
+                for second in range(256)
+                for size in range(4)
+                if masked or second != size
+            ),
         ]
         for data in wrong:
             assert FrameDecoder(masked=masked).whole(memoryview(data)) is None

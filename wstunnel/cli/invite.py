@@ -78,6 +78,7 @@ def invite(
 
     NAME is `default` unless given. The URL is a secret: whoever has it can use the tunnel.
     """
+    from wstunnel.auth import Users
     from wstunnel.state import ANNOUNCEMENT_NAME, read_announcement, state_directory
 
     if host is not None and url is not None:
@@ -90,7 +91,14 @@ def invite(
             f"no server has run with {directory} yet ({ANNOUNCEMENT_NAME} is missing), so the URL says port 443 unless"
             " --host does, and holds no pin: start the server first, or pass the --state-dir that it has"
         )
-    reports.say(invitation(directory, name, url or host or _parse_host(socket.gethostname())).reveal())
+    made = invitation(directory, name, url or host or _parse_host(socket.gethostname()))
+    try:
+        reports.say(made.reveal())
+    except BaseException as error:  # nobody saw it, so it must not stay valid
+        Users(directory).remove_token(name, made.require_token())
+        if isinstance(error, LocalError):
+            raise LocalError(f"{error}; the login URL was not shown, so its token was taken back") from error
+        raise
     if sys.stdout.isatty() and sys.stderr.isatty():
         reports.tell(
             "On the client machine: wstunnel login, and paste this URL. It is shown only once, and is a secret."

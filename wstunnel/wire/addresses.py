@@ -52,6 +52,16 @@ def unpack_address(packed: bytes) -> str:
     return str(IPv6Address(packed))
 
 
+def url_address(packed: bytes) -> str:
+    """The text of an IPv6 address of 16 bytes as the URL Standard serialises it, and so browsers: all in hex.
+
+    `inet_ntop` writes an IPv4 address inside with dots, and newer versions of Python do so for mapped ones.
+    """
+    if packed.startswith(_MAPPED):
+        return f"::ffff:{packed[12] << 8 | packed[13]:x}:{packed[14] << 8 | packed[15]:x}"
+    return str(IPv6Address(packed))
+
+
 @lru_cache(REMEMBERED)
 def pack_address(host: str) -> bytes | None:
     """The 4 or 16 bytes of an IP address without brackets; `None` for anything else, names and zone ids included."""

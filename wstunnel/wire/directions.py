@@ -219,8 +219,9 @@ class Inbound:
 
     def passed(self, size: int) -> None:
         """The application took `size` bytes that were never stored; the inbox is empty."""
-        self.consumed += size
-        self.inbox.restart(self.consumed)
+        self.consumed = consumed = self.consumed + size
+        inbox = self.inbox
+        inbox.start = inbox.end = consumed  # `restart`, where there is nothing to forget
 
     def taken(self, size: int) -> None:
         """The application took `size` bytes of the inbox."""

@@ -279,7 +279,6 @@ class FrameDecoder:
         """The payload, if `data` is one whole BINARY frame of less than 64 KiB and nothing else; else None.
 
         What an interactive stream sends, without the cost of a generator. After None nothing has been decoded: `feed`.
-
         """
         size = len(data)
         if size < 2 or data[0] != _BINARY_FIN:
@@ -293,11 +292,11 @@ class FrameDecoder:
             if length < _LENGTH_16:
                 return None
             start += 2
-        elif length >= _LENGTH_16:
+        elif not 0 <= length < _LENGTH_16:
             return None
         if start + length != size:
             return None
-        return apply_mask(data[start:], bytes(data[start - 4 : start])) if self._masked else data[start:]
+        return apply_mask(data[start:], _KEY.unpack_from(data, start - 4)[0]) if self._masked else data[start:]
 
     def pair(self, data: memoryview) -> tuple[int, bytes] | None:
         """The opcode and the text, if `data` is what `encode_pair` makes, from first to last byte; else None.

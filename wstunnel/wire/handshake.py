@@ -27,6 +27,7 @@ import h11
 
 from wstunnel import limits
 from wstunnel.errors import HandshakeError, NetworkError, ServerRefusedError, UsageError, WstunnelError
+from wstunnel.wire.addresses import pack_address, url_address
 from wstunnel.wire.http1 import HOST, TOKEN, Request, Response, ResponseReader
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
@@ -48,6 +49,9 @@ def _accept_value(key: str) -> str:
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^/?#@:\[\]\s]+)(?::([0-9]{1,5}))?/?")
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+TOO_MANY_LINKS = "too many links"
+TRY_AGAIN_LATER = "try again later"
+"""What this program's own server says with a 503; so a client knows its answer from a proxy's."""
 _BEARER = re.compile(r"[0-9A-Za-z._~+/-]+=*")  # RFC 6750 §2.1, b64token
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _GREETING = (
@@ -119,6 +123,11 @@ def _parsed_origin(text: str) -> tuple[str, str, int | None] | None:
     if found is None:
         return None
     scheme, host, port = found.groups()
+    if host.startswith("["):
+        packed = pack_address(host[1:-1])
+        if packed is None:
+            return None
+        host = url_address(packed)
     return scheme, host, int(port) if port else _DEFAULT_PORTS.get(scheme)
 
 
@@ -376,7 +385,7 @@ _ENDPOINT_MEANINGS = {
     401: "the server wants another token, or one at all ({said}): check the URL",
     404: "no plain endpoint at path {path!r} on that server (404): check the path in the URL",
     502: _ENDPOINT_UNREACHED,
-    503: _ENDPOINT_UNREACHED,
+    503: "the server, or a proxy in front of it, has no room or cannot reach the target ({said}): its log says more",
     504: _ENDPOINT_UNREACHED,
 }
 _UNREACHED = "the proxy in front of the server could not reach it ({said}): check that the server runs"

@@ -633,11 +633,10 @@ class LinkProtocol:
         keys = self._keys
         key = None if keys is None else keys.next()
         size = len(view)
-        header = encode_header(_BINARY, size, key=key)
         if size < _SMALL:
-            out.append(header + (view if key is None else apply_mask(view, key)))
+            out.append(encode_data(view, key))
             return
-        out.append(header)
+        out.append(encode_header(_BINARY, size, key=key))
         if key is None:
             out.append(view)
         else:
