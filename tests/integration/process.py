@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-START_SECONDS = 30.0
-"""For a process to say that it is up: a start takes half a second, on a loaded machine several."""
-STOP_SECONDS = 15.0
+START_SECONDS = 60.0
+"""For a process to say that it is up: a start takes half a second, on a loaded machine many."""
+STOP_SECONDS = 30.0
 """For a process to end after its signal, before the test fails and it is killed."""
 POLL_SECONDS = 0.02
 TAIL_LINES = 25
@@ -153,7 +153,10 @@ class Process:
         deadline = time.monotonic() + within
         while True:
             running = self.running  # before the log is read, so that its last words are seen
-            for line in self.stderr[after:].splitlines():
+            text = self.stderr[after:]
+            if running:
+                text = text[: text.rfind("\n") + 1]  # the rest of a line is still to come
+            for line in text.splitlines():
                 if match := expression.search(line):
                     return match
             if not running:

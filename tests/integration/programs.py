@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,29 @@ def finish(
         f"{done.stdout[-2000:].decode(errors='replace')}\n{done.stderr[-4000:].decode(errors='replace')}"
     )
     return done
+
+
+def install(*command: str | Path, cwd: Path | None = None, within: float = 120.0) -> None:
+    """Run a command that asks a package registry, which does not answer now and then: up to three times.
+
+    Args:
+        command: program and arguments.
+        cwd: where it runs.
+        within: seconds for each try.
+
+    Raises:
+        AssertionError: it failed three times, with what it wrote last.
+        subprocess.TimeoutExpired: it took longer than `within`, which is not tried again.
+    """
+    for pause in (1.0, 5.0):
+        try:
+            finish(*command, cwd=cwd, within=within)
+        except AssertionError as error:
+            print(error)
+            time.sleep(pause)
+        else:
+            return
+    finish(*command, cwd=cwd, within=within)
 
 
 @contextmanager
@@ -150,6 +174,9 @@ def postgresql() -> Iterator[int]:
         }
         flags = [part for setting in settings.items() for part in ("-c", "=".join(setting))]
         with _running(Process("postgres", [*command, postgres, "-D", data, *flags], directory=directory), port):
+            # It accepts before it is ready.
+            ready = [require("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+            wait_until(lambda: subprocess.run(ready, timeout=60).returncode == 0, "PostgreSQL to be ready")
             yield port
 
 
@@ -189,27 +216,16 @@ def sshd(directory: Path) -> Iterator[tuple[int, list[str]]]:
         "-o", "HostKeyAlias=tunnelled-host", "-o", f"UserKnownHostsFile={directory}/known_hosts",
         "-o", "GlobalKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
     ]  # fmt: skip
-    with _separation_directory():
-        # 255 is how sshd ends after SIGTERM.
-        process = Process(
-            "sshd", [program, "-D", "-e", "-f", directory / "sshd_config"], directory=directory, exit_codes=(0, 255)
-        )
-        with _running(process, port):
-            yield port, options
-
-
-@contextmanager
-def _separation_directory() -> Iterator[None]:
-    """Where sshd locks up its unprivileged part. systemd makes it when sshd is a service; here nobody has."""
-    directory = Path("/run/sshd")
-    if os.geteuid() != 0 or directory.exists():
-        yield
-        return
-    directory.mkdir(mode=0o755)
-    try:
-        yield
-    finally:
-        directory.rmdir()
+    if os.geteuid() == 0:
+        # Where sshd locks up its unprivileged part. systemd makes it when sshd is a service; here nobody has. It stays:
+        # other tests' servers may be using it by then.
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    # 255 is how sshd ends after SIGTERM.
+    process = Process(
+        "sshd", [program, "-D", "-e", "-f", directory / "sshd_config"], directory=directory, exit_codes=(0, 255)
+    )
+    with _running(process, port):
+        yield port, options
 
 
 @contextmanager

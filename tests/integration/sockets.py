@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from tests.ports import unused_port  # noqa: F401  # others take it from here with their sockets
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SECONDS = 30.0
+SECONDS = 60.0
 """For any one blocking call, before the test fails."""
 
 
@@ -123,14 +125,6 @@ class Refusing:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
-
-
-def unused_port() -> int:
-    """A port of 127.0.0.1 that was free a moment ago, for programs that cannot pick their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 LISTEN, CLOSE_WAIT = "0A", "08"

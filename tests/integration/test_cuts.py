@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import threading
@@ -23,10 +24,10 @@ from .programs import finish, hash_file, make_file, nginx, postgresql, require, 
 from .tunnel import Client, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.programs, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.programs, pytest.mark.timeout(300)]
 
 CUTS = ("rst", "fin", "half")
 GIB = 1 << 30
@@ -37,21 +38,32 @@ TREE_FILES = 1500
 LINES = 40
 KEY_SECONDS = 0.02
 """Between two keys: so a line takes about 0.4 s, and most cuts come in the middle of one."""
-ECHO_SECONDS = 30.0
+ECHO_SECONDS = 60.0
+HITS = 4
+"""Cuts of links with data on them, after which a transfer need not be repeated."""
+PATIENCE_SECONDS = 5.0
+"""Cuts of bulk wait so long for data to flow: else a slow machine is cut again before it has recovered, for ever."""
 HERE = f"{getpass.getuser()}@127.0.0.1"
 
 
 @contextmanager
-def _cut_tunnel_to(port: int, directory: Path, *, every: float = 0.8) -> Iterator[tuple[int, Relay]]:
+def _cut_tunnel_to(port: int, directory: Path, *, patience: float = 0.0) -> Iterator[tuple[int, Relay]]:
     """The local port that leads to `port` of 127.0.0.1 through a tunnel that is cut all the time, and who cuts it."""
     target = f"127.0.0.1:{port}"
     with (
         Server(directory, plain=False) as server,
         Relay(server.port, directory, seed=4) as relay,
         Client(directory, server.invitation.changed(port=relay.port), [target]) as client,
-        relay.faults(every, *CUTS, scope="all"),
+        relay.faults(0.8, *CUTS, scope="all", patience=patience),
     ):
         yield client.port(target), relay
+
+
+def _until_hit(relay: Relay, transfer: Callable[[], None]) -> None:
+    """Do it once, and again until it was cut often enough: how long one takes is the machine's affair."""
+    before = relay.counts().hits
+    while relay.counts().hits - before < HITS:
+        transfer()
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +80,19 @@ class TestPostgresql:
         _psql(direct, "postgres", f"create table papers as {rows}")
         _psql(direct, "postgres", "alter table papers add primary key (i)")
         assert int(_psql(direct, "postgres", "select pg_total_relation_size('papers')")) > DUMP_BYTES
-        _psql(direct, "postgres", "create database restored")
-        with _cut_tunnel_to(direct, tmp_path) as (port, relay):
-            before = relay.counts().hits
+        with _cut_tunnel_to(direct, tmp_path, patience=PATIENCE_SECONDS) as (port, relay):
             dump = [require("pg_dump"), "-Fc", "-Z0", *_address(port), "postgres"]
-            with subprocess.Popen(dump, stdout=subprocess.PIPE) as dumping:
-                restore = [require("pg_restore"), "--exit-on-error", *_address(port), "-d", "restored"]
-                done = subprocess.run(restore, stdin=dumping.stdout, capture_output=True, timeout=120)
-                assert done.returncode == 0, done.stderr
-            assert dumping.returncode == 0
-            assert relay.counts().hits - before >= 3
+            restore = [require("pg_restore"), "--exit-on-error", *_address(port), "-d", "restored"]
+
+            def copy() -> None:
+                _psql(direct, "postgres", "drop database if exists restored with (force)")
+                _psql(direct, "postgres", "create database restored")
+                with subprocess.Popen(dump, stdout=subprocess.PIPE) as dumping:
+                    done = subprocess.run(restore, stdin=dumping.stdout, capture_output=True, timeout=240)
+                    assert done.returncode == 0, done.stderr
+                assert dumping.returncode == 0
+
+            _until_hit(relay, copy)
         summary = "select count(*), sum(length(t)), sum(hashtextextended(i || t, 4)) from papers"
         assert _psql(direct, "restored", summary) == _psql(direct, "postgres", summary)
         assert _psql(direct, "restored", summary).startswith(f"{ROWS}|")
@@ -96,7 +111,7 @@ class TestPostgresql:
         assert re.search(r"number of failed transactions: 0 ", said), said
         assert not done.stderr or b"aborted" not in done.stderr, done.stderr
         processed = re.search(r"number of transactions actually processed: (\d+)\n", said)
-        assert processed and int(processed[1]) > 100, said
+        assert processed and int(processed[1]) > 20, said
         # pgbench's own book-keeping: every transaction wrote one line of history, and all sums agree.
         assert _psql(direct, "postgres", "select count(*) from pgbench_history") == processed[1]
         sums = "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history)"
@@ -134,12 +149,18 @@ class TestOpenssh:
         rsync = require("rsync")
         here, there = tmp_path / "here", tmp_path / "there"
         _make_tree(here)
-        with sshd(tmp_path / "sshd") as (direct, options), _cut_tunnel_to(direct, tmp_path) as (port, relay):
+        with (
+            sshd(tmp_path / "sshd") as (direct, options),
+            _cut_tunnel_to(direct, tmp_path, patience=PATIENCE_SECONDS) as (port, relay),
+        ):
             shell = " ".join([require("ssh"), *options, "-p", str(port)])
-            before = relay.counts().hits
-            # The limit is in KiB/s: else a fast machine is done before it is cut.
-            finish(rsync, "-a", "--bwlimit=25000", "-e", shell, f"{here}/", f"{HERE}:{there}/")
-            assert relay.counts().hits - before >= 4
+
+            def copy() -> None:
+                shutil.rmtree(there, ignore_errors=True)
+                # The limit is in KiB/s: else a fast machine is done before it is cut.
+                finish(rsync, "-a", "--bwlimit=25000", "-e", shell, f"{here}/", f"{HERE}:{there}/", within=240)
+
+            _until_hit(relay, copy)
             again = finish(rsync, "-ai", "--checksum", "-e", shell, f"{here}/", f"{HERE}:{there}/")
             assert again.stdout == b""
         assert _tree(there) == _tree(here)
@@ -216,25 +237,27 @@ def _terminal(command: list[str]) -> Iterator[_Terminal]:
 
 def test_curl_download_of_1_gib(tmp_path: Path) -> None:
     directory = tmp_path / "nginx"
-    with nginx(directory) as direct, _cut_tunnel_to(direct, tmp_path, every=1.0) as (port, relay):
+    with nginx(directory) as direct, _cut_tunnel_to(direct, tmp_path, patience=PATIENCE_SECONDS) as (port, relay):
         large = directory / "files" / "large"
         try:
             expected = make_file(large, GIB)
-            before = relay.counts().hits
             # The limit: else a fast machine is done before it is cut.
             command = [require("curl"), "-sSf", "--noproxy", "*", "--disable", "--limit-rate", "150M"]
-            digest, size = hashlib.sha256(), 0
-            with subprocess.Popen([*command, f"http://127.0.0.1:{port}/large"], stdout=subprocess.PIPE) as curl:
-                timer = threading.Timer(120, curl.kill)
-                timer.start()
-                assert curl.stdout is not None
-                while block := curl.stdout.read(1 << 20):  # nothing of it is kept on disk
-                    digest.update(block)
-                    size += len(block)
-                timer.cancel()
-            assert curl.returncode == 0
-            assert size == GIB
-            assert digest.hexdigest() == expected
-            assert relay.counts().hits - before >= 4
+            _until_hit(relay, lambda: _download([*command, f"http://127.0.0.1:{port}/large"], expected))
         finally:
             large.unlink(missing_ok=True)
+
+
+def _download(command: list[str], expected: str) -> None:
+    digest, size = hashlib.sha256(), 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
+        timer = threading.Timer(240, curl.kill)
+        timer.start()
+        assert curl.stdout is not None
+        while block := curl.stdout.read(1 << 20):  # nothing of it is kept on disk
+            digest.update(block)
+            size += len(block)
+        timer.cancel()
+    assert curl.returncode == 0
+    assert size == GIB
+    assert digest.hexdigest() == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
+from functools import partial
 from typing import IO, TYPE_CHECKING
 
 import pytest
@@ -16,18 +17,21 @@ from .sockets import Echo, pattern
 from .tunnel import COMMAND, Client, Server, environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.programs, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.programs, pytest.mark.timeout(240)]
 
 CUTS = ("rst", "fin", "half")
 EVERY_SECONDS = 0.8
-SIZE = 24_000_000
+PATIENCE_SECONDS = 5.0
+"""So long a cut waits for data to flow: else a slow machine is cut again before it has recovered."""
+HITS = 4
+"""Cuts of links with data on them, until the input ends."""
 PIECE = 200_000
 PIECE_SECONDS = 0.04
-"""Between two pieces: else a fast machine is done before it is cut."""
-SECONDS = 60.0
+"""Between two pieces: what comes back is kept until it is over."""
+SECONDS = 180.0
 
 
 class Cut:
@@ -78,33 +82,39 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cut]:
 
 @pytest.mark.parametrize("way", ["-L", "-R", "-D", "--http-proxy", "connect"])
 def test_every_byte_and_then_the_end(cut: Cut, way: str) -> None:
-    data = pattern(SIZE, seed=6)
     command = cut.command(way)
     before = cut.relay.counts().hits
+    pieces: list[bytes] = []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cut.environment
     ) as process:
         assert process.stdin and process.stdout and process.stderr
         timer = threading.Timer(SECONDS, process.kill)
         timer.start()
-        writer = threading.Thread(target=_write, args=(process.stdin, data))
-        with cut.relay.faults(EVERY_SECONDS, *CUTS, scope="all"):
+        enough = partial(_were_enough, cut.relay, before + HITS)
+        writer = threading.Thread(target=_write, args=(process.stdin, pieces, enough))
+        with cut.relay.faults(EVERY_SECONDS, *CUTS, scope="all", patience=PATIENCE_SECONDS):
             writer.start()
             back = process.stdout.read()
             writer.join()
         timer.cancel()
         said = process.stderr.read()
-    assert back == data, f"{len(back)} bytes came back: {said!r}"
+    assert back == b"".join(pieces), f"{len(back)} bytes came back: {said!r}"
     assert process.returncode == 0, said
-    assert cut.relay.counts().hits - before >= 3
+    assert _were_enough(cut.relay, before + HITS)
 
 
-def _write(pipe: IO[bytes], data: bytes) -> None:
-    """In pieces, then the end."""
+def _were_enough(relay: Relay, hits: int) -> bool:
+    return relay.counts().hits >= hits
+
+
+def _write(pipe: IO[bytes], pieces: list[bytes], enough: Callable[[], bool]) -> None:
+    """Piece by piece, each kept in `pieces`, then the end."""
     try:
         with pipe:
-            for start in range(0, len(data), PIECE):
-                pipe.write(data[start : start + PIECE])
+            while not enough():
+                pieces.append(pattern(PIECE, seed=len(pieces)))
+                pipe.write(pieces[-1])
                 time.sleep(PIECE_SECONDS)
     except BrokenPipeError:
         pass  # what came back tells

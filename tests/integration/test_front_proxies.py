@@ -25,7 +25,7 @@ from .programs import accepts, require
 from .sockets import SECONDS, Listener, read_exactly, read_to_end, unused_port
 from .tunnel import Client, Server, run
 
-pytestmark = [pytest.mark.programs, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.programs, pytest.mark.timeout(180)]
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "behind-a-reverse-proxy.md"
 FORGED = "203.0.113.9"

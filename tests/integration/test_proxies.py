@@ -268,7 +268,7 @@ class TestMicrosocks:
 def test_failover_to_the_next_server_and_back(server: Server, echo: str, tmp_path: Path) -> None:
     first_directory = tmp_path / "first"
     first_directory.mkdir()
-    first = Server(first_directory, plain=True)
+    first = Server(first_directory, plain=True, port=unused_port())
     with first:
         urls = f"{first.invitation.url} {server.invitation.url}"
         port = first.port

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import pytest
 import trustme
 
 from .process import Process, wait_until
-from .programs import accepts
+from .programs import accepts, install
 from .sockets import Echo, unused_port
 from .test_proxies import works
 from .tunnel import Client, Server, environment, run
@@ -21,7 +20,7 @@ from .tunnel import Client, Server, environment, run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.programs, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.programs, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +30,11 @@ def mitmdump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if installed is not None:
         return Path(installed)
     directory = tmp_path_factory.mktemp("mitmproxy")
-    done = subprocess.run([sys.executable, "-m", "venv", directory], capture_output=True, timeout=60)
-    if done.returncode == 0:
-        pip = [directory / "bin" / "pip", "install", "-q", "--disable-pip-version-check", "mitmproxy>=10"]
-        done = subprocess.run(pip, capture_output=True, timeout=240)
-    if done.returncode != 0:
-        reason = f"mitmproxy cannot be installed: {done.stderr[-500:].decode(errors='replace')}"
+    try:
+        install(sys.executable, "-m", "venv", directory)
+        install(directory / "bin" / "pip", "install", "-q", "--disable-pip-version-check", "mitmproxy>=10", within=240)
+    except AssertionError as error:
+        reason = f"mitmproxy cannot be installed: {error}"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
