@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.roles import LogLines, RunningServer, lines, serving
+from tests.roles import LogLines, RunningServer, free_port, lines, serving
 from wstunnel import connect
 from wstunnel.config import ClientConfig
 from wstunnel.errors import LocalError, ServerRefusedError, StreamError, WstunnelError
@@ -138,7 +138,7 @@ async def test_a_refusal_is_an_error_and_no_warning_beside_it(
         async with serving(tmp_path, allow=tuple(map(parse_rule, rules))) as server:
             with pytest.raises(error, match=message):
                 await run(server, pipes, where)
-            assert os.read(pipes.drain, 1) == b"", "standard output is closed"
+        os.close(pipes.sink)
     (line,) = [line for line in lines.all() if " wstunnel.client stream refused" in line]
     assert line.startswith("INFO "), "which -v shows"
 
@@ -185,6 +185,20 @@ async def test_an_output_that_cannot_be_written_is_an_error(
             nursery.start_soon(partial(trio.to_thread.run_sync, partial(reply, target, b"x" * 100)))
             with pytest.raises(LocalError, match="No space left"):
                 await run(server, pipes, address(target))
+
+
+async def test_the_output_does_not_end_before_the_reason_is_told(tmp_path: Path) -> None:
+    """ssh takes the end of the output for all there is to know, and ends the program that was about to say why."""
+    with Pipes() as pipes, trio.fail_after(20):
+        async with serving(tmp_path) as server:
+            with pytest.raises(StreamError, match="refused"):
+                await run(server, pipes, f"127.0.0.1:{free_port()}")
+            os.set_blocking(pipes.drain, False)
+            for _ in range(100):
+                await trio.sleep(0.001)
+                with pytest.raises(BlockingIOError):
+                    os.read(pipes.drain, 1)
+        os.close(pipes.sink)
 
 
 async def test_nobody_there_is_said_once_with_the_reason(

@@ -33,7 +33,7 @@ async def run(
         config: the server; its forwards are not looked at.
         target: what the server dials.
         source: a descriptor to read, to its end.
-        sink: a descriptor to write; closed at the end, see `Stdio`.
+        sink: a descriptor to write; closed at the end unless the stream failed, see `Stdio`.
         shutdown: set by the caller to end it early.
         task_status: started when the stream was asked for.
 
@@ -51,6 +51,7 @@ async def run(
 
     def finish(code: str, message: str) -> None:
         outcome.append((code, message))
+        stdio.over(failed=code != "finished")
         over.set()
 
     def ended(stream: Stream) -> None:

@@ -56,6 +56,7 @@ async def test_what_comes_in_goes_on_and_its_end_too(pipes: list[int]) -> None:
         assert await trio.to_thread.run_sync(read_all, sock) == b"there"
         sock.sendall(b"back")  # the other direction goes on
         sock.shutdown(socket.SHUT_WR)
+        stdio.over(failed=False)
         assert await trio.to_thread.run_sync(os.read, drain, 10) == b"back"
         assert await trio.to_thread.run_sync(os.read, drain, 10) == b"", "standard output is closed at the end"
         with trio.fail_after(10):
@@ -163,6 +164,7 @@ async def test_what_others_have_made_non_blocking_is_waited_for(pipes: list[int]
         os.close(feed)
         assert await trio.to_thread.run_sync(read_all, sock) == b"there"
         sock.shutdown(socket.SHUT_WR)
+        stdio.over(failed=False)
         with trio.fail_after(10):
             await stdio.ended.wait()
     assert stdio.broken is None
@@ -213,6 +215,7 @@ async def main():
     stdio.start()
     with stdio.sock as sock:
         sock.shutdown(socket.SHUT_WR)
+        stdio.over(failed=False)
         await stdio.ended.wait()
         near, far = socket.socketpair()
         with near, far:

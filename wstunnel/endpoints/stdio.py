@@ -28,8 +28,9 @@ class Stdio:
 
     Args:
         source: what is read, to its end, which shuts the stream's direction down.
-        sink: what is written, and closed at the end; a standard descriptor then leads to nowhere. Neither is closed
-            here before.
+        sink: what is written, and closed at the end; a standard descriptor then leads to nowhere. It stays open if the
+            stream fails: who reads it, as ssh does, takes its end for all there is to know, and ends the program
+            that was about to say why. Neither is closed here before.
 
     Attributes:
         sock: the stream's end, non-blocking; the caller owns it.
@@ -54,6 +55,8 @@ class Stdio:
         self._left = 1 if self._terminal else 2
         self._working = 2
         self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._failed = False
         self.threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -65,8 +68,14 @@ class Stdio:
         for thread in self.threads:
             thread.start()
 
+    def over(self, *, failed: bool) -> None:
+        """The stream is over; to be called as soon as that is known. `failed`: `sink` is left open."""
+        self._failed = self._failed or failed
+        self._over.set()
+
     def close(self) -> None:
         """Let both threads end as soon as they look: what they would send goes nowhere. May be repeated."""
+        self._over.set()
         with self._lock:
             if not self.threads:
                 self._far.close()
@@ -74,6 +83,11 @@ class Stdio:
                 self._far.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # closed, or the stream's end is
+
+    def _hung_up(self) -> bool:
+        poll = select.poll()
+        poll.register(self._far, 0)
+        return bool(poll.poll(0))
 
     def _run(self, work: Callable[[], bool], token: trio.lowlevel.TrioToken) -> None:
         counts = work()
@@ -125,6 +139,10 @@ class Stdio:
                     break
         except OSError:
             pass  # the stream was reset
+        if self.broken is None and self._hung_up():  # not only this direction has ended
+            self._over.wait()
+            if self._failed:
+                return True
         try:
             _close(self._sink)
         except OSError:
