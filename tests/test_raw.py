@@ -35,6 +35,7 @@ class Joined:
         self.principal = Principal("local", Budget(limits.PROCESS_BYTES), {})
         self.near, self.server = MemorySocket.pair()
         self.far, self.application = MemorySocket.pair()
+        self.far.family = socket.AF_INET
         self._decoder = FrameDecoder(masked=True)
         self.data = b""
         self.pings = 0
@@ -177,16 +178,18 @@ class TestConnection:
     @pytest.mark.parametrize("code", [1001, 1011, 4000])
     def test_the_server_closes_for_another_reason(self, joined: Joined, code: int) -> None:
         joined.send(data(b"not all"), encode_close(code, "why"))
-        assert (joined.at_application, joined.application_sees) == (b"not all", "reset")
+        assert (joined.at_application, joined.application_sees) == (b"not all", "open")
         assert joined.closed == (code, ""), "answered all the same"
         assert joined.connection.outcome == ("reset", f"closed by the server: {code} why")
         joined.server.close()
-        joined.settle()
+        joined.sweep(limits.LINGER_SECONDS)
+        assert joined.application_sees == "reset"
         assert joined.over
 
     def test_the_servers_connection_ends_without_a_close(self, joined: Joined) -> None:
         joined.server.close()
         joined.settle()
+        joined.sweep(limits.LINGER_SECONDS)
         assert joined.application_sees == "reset"
         assert joined.connection.outcome == ("lost", "connection closed without a close frame")
         assert joined.over
@@ -214,9 +217,9 @@ class TestConnection:
         assert joined.connection.outcome == ("lost", "the server answers no ping")
 
     def test_stopping_waits_for_nobody(self, joined: Joined) -> None:
-        joined.connection.close(1001, "the client is stopping")
+        joined.connection.close(1011, "the client is stopping")
         joined.settle()
-        assert joined.closed == (1001, "the client is stopping")
+        assert joined.closed == (1011, "the client is stopping")
         assert joined.application_sees == "reset"
         joined.send(data(b"x"))
         joined.sweep()
@@ -405,6 +408,15 @@ class TestAccepted:
             with trio.fail_after(SECONDS):
                 await raw.gone.wait()
             assert near.fileno() == -1
+
+    async def test_stopping_is_no_end_of_what_the_application_says(self, nursery: trio.Nursery, joined: Joined) -> None:
+        """A 1001 would be one to the endpoint."""
+        raw = self.made(nursery, NetworkError("tcp", "away"))
+        raw.connections[joined.connection] = None
+        raw.stop()
+        joined.settle()
+        assert joined.closed == (1011, "the client is stopping")
+        assert joined.application_sees == "reset"
 
     async def test_connections_are_swept_and_told_of_sleep(self, nursery: trio.Nursery, joined: Joined) -> None:
         raw = self.made(nursery, NetworkError("tcp", "away"))

@@ -6,6 +6,7 @@ No tunnel protocol, so none of what needs one: a connection that breaks is lost,
     the application's reset                     Close 1011
     the server's Close 1000, or without code    the application's EOF, behind all of the server's data
     any other Close, or no Close at all         a reset, behind all that came, unless the application's EOF came before
+    this client stops                           Close 1011, and a reset
     the server is not reached, or refuses       the application's connection is reset
 """
 
@@ -25,6 +26,7 @@ from wstunnel.reactor import Reactor
 from wstunnel.session import Principal
 from wstunnel.wire.frames import CloseCode
 from wstunnel.wire.masking import MaskKeys
+from wstunnel.wire.plain import NO_STATUS
 
 _log = logs.logger("raw")
 
@@ -36,6 +38,7 @@ class RawConnection(PlainConnection):
     kind = "raw connection"
     far = "server"
     near = "application"
+    orderly = frozenset({CloseCode.NORMAL, NO_STATUS})  # a server says 1001 when it is stopped: that was not all
 
     def _describe(self) -> dict[str, object]:
         return {"server": f"{self._where['address']}{self.endpoint}", "peer": self._where["peer"]}
@@ -131,5 +134,6 @@ class RawForwards:
         for scope in list(self._dialling):
             scope.cancel()
         for connection in list(self.connections):
-            connection.close(CloseCode.GOING_AWAY, "the client is stopping")
+            # Not 1001, which endpoints take for an end: what the application had yet to say is lost.
+            connection.close(CloseCode.INTERNAL, "the client is stopping")
         self._check_gone()

@@ -82,12 +82,14 @@ class Joined:
         leftover: bytes = b"",
         reactor: MemoryReactor | None = None,
         principal: Principal | None = None,
+        unix: bool = False,
     ) -> None:
         self.reactor = reactor or MemoryReactor()
         self.owner = Owner(self.reactor)
         self.principal = principal or Principal("alice", Budget(limits.PROCESS_BYTES), {})
         near, self.client = MemorySocket.pair()
         far, self.target = MemorySocket.pair()
+        far.family = socket.AF_UNIX if unix else socket.AF_INET
         self.near, self.far = near, far
         self.frames = Frames()
         self.connection = PlainConnection(
@@ -474,7 +476,7 @@ class TestEndsOfTheTarget:
 
 
 class TestEndsOfTheClient:
-    @pytest.mark.parametrize("code", [None, 1000])
+    @pytest.mark.parametrize("code", [None, 1000, 1001])
     def test_its_close_is_answered_and_becomes_the_targets_end(self, joined: Joined, code: int | None) -> None:
         joined.send(data(b"last"), encode_close(code, key=KEY))
         assert joined.frames.closed == ((code or 1005), "")
@@ -486,15 +488,80 @@ class TestEndsOfTheClient:
         detail = "closed by the client" + (f": {code}" if code else "")
         assert joined.connection.outcome == (FINISHED, detail)
 
-    @pytest.mark.parametrize("code", [1001, 1002, 1011, 4000])
+    @pytest.mark.parametrize("code", [1002, 1003, 1007, 1008, 1009, 1011, 4000])
     def test_a_close_for_another_reason_is_no_end(self, joined: Joined, code: int) -> None:
         joined.send(data(b"not all"), encode_close(code, "why", key=KEY))
         assert joined.frames.closed == (code, ""), "answered all the same"
-        assert (joined.at_target(), joined.target_sees) == (b"not all", "reset")
+        assert (joined.at_target(), joined.target_sees) == (b"not all", "open")
         joined.client.shutdown(socket.SHUT_WR)
         joined.settle()
+        joined.pass_time(limits.LINGER_SECONDS)
+        assert joined.target_sees == "reset"
         assert joined.over
         assert joined.connection.outcome == ("reset", f"closed by the client: {code} why")
+
+    @pytest.mark.parametrize(("code", "end"), [(1000, "eof"), (1001, "reset")])
+    def test_a_goodbye_in_the_middle_of_a_message(self, joined: Joined, code: int, end: str) -> None:
+        """A program may send all in one message, and say that it is done; one that goes away was not."""
+        joined.send(frame(Opcode.BINARY, b"half", fin=False), encode_close(code, key=KEY))
+        joined.pass_time(limits.LINGER_SECONDS)
+        assert (joined.at_target(), joined.target_sees) == (b"half", end)
+
+    def test_going_away_behind_a_message_of_several_frames(self, joined: Joined) -> None:
+        joined.send(
+            frame(Opcode.BINARY, b"al", fin=False), frame(Opcode.CONTINUATION, b"l"), encode_close(1001, key=KEY)
+        )
+        assert (joined.at_target(), joined.target_sees) == (b"all", "eof")
+
+    def test_a_reset_leaves_the_target_a_second_to_read(self, joined: Joined) -> None:
+        """Some programs find the reset before what they have not read, and drop that."""
+        joined.send(data(b"last"))
+        joined.client.shutdown(socket.SHUT_WR)
+        joined.settle()
+        joined.pass_time(limits.LINGER_SECONDS - 0.5)
+        assert joined.target_sees == "open"
+        joined.pass_time(0.5)
+        assert joined.target_sees == "reset"
+
+    def test_elsewhere_than_on_linux_a_reset_waits_for_the_lingering(
+        self, joined: Joined, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What the kernel holds is not known there."""
+        monkeypatch.setattr(sockets, "unsent", lambda _: None)
+        joined.far.outgoing.room = 0
+        joined.client.send(data(b"x" * 5000))
+        joined.client.shutdown(socket.SHUT_WR)
+        joined.settle()
+        joined.pass_time(10)
+        assert joined.target_sees == "open"
+        joined.far.outgoing.room = None
+        joined.settle()
+        assert (joined.at_target(), joined.target_sees) == (b"x" * 5000, "open")
+        joined.pass_time(limits.LINGER_SECONDS)
+        assert joined.target_sees == "reset"
+
+    @pytest.mark.parametrize("how", ["close", "fin", "rst"])
+    def test_a_target_at_a_unix_socket_is_told_an_end(self, how: str) -> None:
+        """A reset does not exist there, so none is waited for, and the log speaks of none."""
+        joined = Joined(unix=True)
+        joined.send(data(b"not all"))
+        if how == "close":
+            joined.send(encode_close(1011, "why", key=KEY))
+        elif how == "fin":
+            joined.client.shutdown(socket.SHUT_WR)
+        else:
+            joined.near.reset_by_peer = True
+        joined.settle()
+        assert (joined.at_target(), joined.target_sees) == (b"not all", "eof")
+        joined.client.close()
+        joined.settle()
+        joined.pass_time(limits.LINGER_SECONDS)
+        assert joined.over
+        assert not joined.far.linger_reset
+        assert joined.connection.outcome is not None
+        outcome, detail = joined.connection.outcome
+        assert outcome == "lost"
+        assert detail.endswith("; the target saw an end: a Unix socket cannot be reset")
 
     def test_the_end_waits_for_a_slow_target_that_waits_to_be_read(self, joined: Joined) -> None:
         joined.far.outgoing.room = 0
@@ -534,6 +601,7 @@ class TestEndsOfTheClient:
         joined.client.send(sent[: len(sent) - cut])
         joined.client.shutdown(socket.SHUT_WR)
         joined.settle()
+        joined.pass_time(limits.LINGER_SECONDS)
         assert (joined.at_target(), joined.target_sees) == (b"last"[: 4 - cut], "reset")
         assert joined.over
         assert joined.connection.outcome == ("lost", "connection closed without a close frame")
@@ -555,9 +623,53 @@ class TestEndsOfTheClient:
         joined.pass_time(2)
         assert (joined.at_target(), joined.target_sees) == (up, "open")
         unsent[0] = 0
-        joined.pass_time(1)
+        joined.pass_time(limits.LINGER_SECONDS)
         assert joined.target_sees == "reset"
         assert joined.over
+
+    @pytest.mark.parametrize("code", [1000, 1011])
+    def test_a_slow_target_has_a_minute_for_each_step(
+        self, joined: Joined, code: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The kernel still sends, though nothing is written any more."""
+        unsent = [100_000]
+        monkeypatch.setattr(sockets, "unsent", lambda sock: unsent[0] if sock is joined.far else 0)
+        joined.send(data(b"x"), encode_close(code, key=KEY))
+        joined.client.close()
+        joined.settle()
+        for _ in range(3):
+            joined.pass_time(limits.STALLED_SECONDS - 1)
+            assert not joined.over
+            unsent[0] -= 1000
+        joined.pass_time(1)
+        unsent[0] = 0
+        joined.pass_time(limits.LINGER_SECONDS / 2)
+        assert not joined.over
+        joined.pass_time(limits.LINGER_SECONDS / 2)
+        assert joined.over
+        assert joined.target_sees == ("eof" if code == 1000 else "reset")
+
+    def test_a_target_that_took_nothing_before_the_end_has_its_minute(
+        self, joined: Joined, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sockets, "unsent", lambda sock: 1000 if sock is joined.far else 0)
+        joined.send(data(b"x"))
+        joined.reactor.advance(2 * limits.STALLED_SECONDS)
+        joined.client.shutdown(socket.SHUT_WR)
+        joined.settle()
+        joined.pass_time(limits.STALLED_SECONDS)
+        assert not joined.over
+
+    def test_after_the_end_a_target_that_takes_nothing_is_left_to_the_kernel(
+        self, joined: Joined, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sockets, "unsent", lambda sock: 1000 if sock is joined.far else 0)
+        joined.send(data(b"x"), frame(Opcode.CLOSE))
+        joined.client.close()
+        joined.settle()
+        joined.pass_time(limits.STALLED_SECONDS + 1)
+        assert joined.over
+        assert joined.target_sees == "eof"
 
     def test_a_reset_waits_for_a_minute_at_most(self, joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sockets, "unsent", lambda sock: 1000 if sock is joined.far else 0)
@@ -578,8 +690,14 @@ class TestEndsOfTheClient:
             joined.far.outgoing.room = 0
             joined.send(data(b"x" * 2 * QUEUE_BYTES))
             assert joined.connection.client.mask == 0
+        held = len(joined.connection.target.queue)
         joined.near.reset_by_peer = True
         joined.settle()
+        assert joined.near.closed
+        joined.far.outgoing.room = None
+        joined.settle()
+        assert (len(joined.at_target()), bool(held)) == (held, stopped), "what came goes before it"
+        joined.pass_time(limits.LINGER_SECONDS)
         assert joined.over
         assert joined.target_sees == "reset"
         assert joined.connection.outcome is not None
@@ -592,6 +710,7 @@ class TestEndsOfTheClient:
         monkeypatch.setattr(joined.near, "send", fail)
         joined.target.send(b"news")
         joined.settle()
+        joined.pass_time(limits.LINGER_SECONDS)
         assert joined.over
         assert joined.connection.outcome == ("lost", "connection failed: Broken pipe")
 
@@ -680,9 +799,11 @@ class TestTime:
         for _ in range(int(limits.STALLED_SECONDS)):  # it does speak
             joined.send(frame(Opcode.PONG))
             joined.pass_time(1)
-        assert not joined.over
+        assert joined.connection.outcome is None
         joined.send(frame(Opcode.PONG))
         joined.pass_time(1)
+        assert joined.near.closed
+        joined.pass_time(limits.LINGER_SECONDS)
         assert joined.over
         assert joined.connection.outcome == ("lost", "the client took nothing for 61 s")
 
@@ -884,6 +1005,29 @@ async def test_real_sockets(nursery: trio.Nursery, tmp_path: Path, secure: bool)
         await until(lambda: owner.ended == [connection])
     assert connection.outcome == (FINISHED, "closed by the target")
     await target.aclose()
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_real_unix_socket_is_told_an_end(nursery: trio.Nursery) -> None:
+    reactor = make_reactor()
+    await nursery.start(reactor.run)
+    near, client = tcp_pair()
+    far, target = socket.socketpair()
+    far.setblocking(False)
+    owner = Owner(reactor)
+    connection = PlainConnection(
+        owner, Principal("alice", Budget(limits.PROCESS_BYTES), {}), endpoint="/", target="", peer="", address=""
+    )
+    with client, target:
+        connection.start(near, far)
+        client.send(data(b"not all"))
+        client.close()
+        await until(lambda: connection.outcome is not None)
+        assert (target.recv(100), target.recv(100)) == (b"not all", b"")
+        target.shutdown(socket.SHUT_WR)
+        await until(lambda: bool(owner.ended))
+    assert connection.outcome is not None
+    assert connection.outcome[0] == "lost"
     nursery.cancel_scope.cancel()
 
 

@@ -11,10 +11,13 @@ How ends are told, given that a WebSocket has no half-close:
     the target's EOF           Close 1000, behind all of its data
     the target's reset         Close 1011
     the client's Close 1000, or without code    the target's EOF, behind all of the client's data
+    the client's Close 1001                     the same, unless it comes in the middle of a message
     any other Close, or no Close at all         a reset, behind all that came, unless the target's EOF came before
-    the client's connection breaks, or breaks the rules     a reset, at once
+    the client breaks the rules                 a reset, at once
 
-What the target still says after the client's end is thrown away.
+What the target still says after the client's end is thrown away. A reset behind all that came waits until the target's
+kernel has it, and LINGER_SECONDS more: a program that finds a reset may drop what it has not read. A target at a Unix
+socket cannot be reset, and is told EOF.
 """
 
 from __future__ import annotations
@@ -36,10 +39,6 @@ if TYPE_CHECKING:
     from wstunnel.reactor import Reactor
     from wstunnel.session import Principal
     from wstunnel.wire.masking import MaskKeys
-
-ORDERLY = frozenset({CloseCode.NORMAL, NO_STATUS})
-"""Codes of Close frames that say what a FIN does: that was all. 1001, for one, is a page that was left half-way, or a
-server that is stopped."""
 
 _log = logs.logger("endpoint")
 
@@ -70,6 +69,8 @@ class PlainConnection:
 
     Attributes:
         far, near: who is at the WebSocket's other end, and at the raw connection's.
+        orderly: codes of Close frames that say what a FIN does: that was all. A client says 1001 when its page or its
+            process ends.
         patient: the closing handshake may take as long as anything moves; until `close`.
         outcome: how it ended, as a word and a detail; None until it does.
         held: bytes that are charged to the principal.
@@ -79,6 +80,7 @@ class PlainConnection:
     kind: ClassVar[str] = "endpoint"
     far: ClassVar[str] = "client"
     near: ClassVar[str] = "target"
+    orderly: ClassVar[frozenset[int]] = frozenset({CloseCode.NORMAL, CloseCode.GOING_AWAY, NO_STATUS})
 
     def __init__(
         self,
@@ -123,7 +125,8 @@ class PlainConnection:
                 reactor.adopt(self.client, client)
             except LocalError as error:
                 client.close()
-                self.abort("limit", str(error))
+                self.target.drop(reset=True)
+                self._end("limit", str(error))
         self.client.secure = isinstance(client, ssl.SSLSocket)
         try:
             if leftover and self.client.sock is not None:
@@ -174,29 +177,35 @@ class PlainConnection:
         client.refresh(may_read=len(target.queue) <= QUEUE_BYTES and (room or not len(target.queue)))
         target.refresh(may_read=target.discarding or (room and client.ready()))
 
-    def client_closed(self, code: int, reason: str) -> None:
-        """The client said goodbye: if that was all, the target is given its EOF once it has it."""
+    def client_closed(self, code: int, reason: str, *, midway: bool) -> None:
+        """The client said goodbye: if that was all, the target is given its EOF once it has it.
+
+        Args:
+            code, reason: of its Close frame.
+            midway: a message was begun that had not ended. Many messages or one are the same to the target, so that
+                matters only to who did not choose when to go.
+        """
         status = "" if code == NO_STATUS else f": {code} {reason}"
         detail = f"closed by the {self.far}{status}".rstrip()
-        if code in ORDERLY:
+        if code in self.orderly and not (midway and code == CloseCode.GOING_AWAY):
             self._end("finished", detail)
             self.target.finish()
         else:
             self._broken_off("reset", detail)
 
     def client_left(self, detail: str) -> None:
-        """The client's connection ended without a goodbye: a proxy may have closed it, or the client was killed."""
+        """The client's connection is gone without a goodbye: a proxy closed it, the client was killed, the network."""
+        self.client.drop()
         self._broken_off("lost", detail)
 
     def _broken_off(self, outcome: str, detail: str) -> None:
         """What came may not be all, and only a target that has said goodbye itself need not know."""
-        agreed = self._agreed
-        self._end(outcome, detail)
+        agreed = self.outcome is not None and self.outcome[0] == "finished"
+        if self.target.resettable:
+            self._end(outcome, detail)
+        else:
+            self._end("lost", f"{detail}; the {self.near} saw an end: a Unix socket cannot be reset")
         self.target.finish(reset=not agreed)
-
-    @property
-    def _agreed(self) -> bool:
-        return self.outcome is not None and self.outcome[0] == "finished"
 
     def client_failed(self, reason: str) -> None:
         """The client broke the rules: what it meant to say is not known, so the target is told of a reset."""
@@ -212,16 +221,6 @@ class PlainConnection:
         """The target's connection is gone."""
         self._end("reset", reason)
         self.client.close(CloseCode.INTERNAL, f"the {self.near}'s connection broke")
-
-    def abort(self, outcome: str, reason: str) -> None:
-        """The client's connection is no good any more. Its end is only the end if that was agreed on before."""
-        agreed = self._agreed
-        self._end(outcome, reason)
-        self.client.drop()
-        if agreed:
-            self.target.finish()
-        else:
-            self.target.drop(reset=True)
 
     def give_up(self) -> None:
         """Memory ran out, and this connection holds most of it."""

@@ -142,7 +142,7 @@ class ClientSide(Side):
         if protocol.close_code is not None:
             self._heard = False
             self._begin_linger()
-            self.connection.client_closed(protocol.close_code, protocol.close_reason)
+            self.connection.client_closed(protocol.close_code, protocol.close_reason, midway=protocol.midway)
         self.flush()
 
     def _deliver(self, pieces: list[bytes | memoryview]) -> None:
@@ -263,7 +263,7 @@ class ClientSide(Side):
         heard = self._heard
         self.drop()
         if heard:
-            self.connection.abort("lost", f"connection failed: {error.strerror or error}")
+            self.connection.client_left(f"connection failed: {error.strerror or error}")
 
     def hung_up(self) -> None:
         self._broke(OSError(errno.ECONNRESET, "connection reset"))
@@ -276,7 +276,7 @@ class ClientSide(Side):
             if now >= self._closing_at and not (self.connection.patient and self._moves(now)):
                 self._ended()
         elif self._pending is not None and now - self._progress_at > limits.STALLED_SECONDS:
-            self.connection.abort("lost", f"the {self.connection.far} took nothing for {now - self._progress_at:.0f} s")
+            self.connection.client_left(f"the {self.connection.far} took nothing for {now - self._progress_at:.0f} s")
         else:
             self._look(now, late)
 
@@ -308,7 +308,7 @@ class ClientSide(Side):
             return
         verdict = self.liveness.check(now, 0.0, sockets.unsent(self.sock), late)
         if verdict is Verdict.DEAD:
-            self.connection.abort("lost", f"the {self.connection.far} answers no ping")
+            self.connection.client_left(f"the {self.connection.far} answers no ping")
         elif verdict is not Verdict.FINE:
             self._ask()
 

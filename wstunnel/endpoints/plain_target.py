@@ -15,6 +15,7 @@ from wstunnel.wire.plain import HEADER_BYTES
 if TYPE_CHECKING:
     from wstunnel.endpoints.plain import PlainConnection
 
+_UNIX: socket.AddressFamily | None = getattr(socket, "AF_UNIX", None)
 WRITE_TURNS = 4
 """Writes of the queue for one event: a fast target must not keep the reactor to itself."""
 
@@ -28,7 +29,8 @@ class TargetSide(Side):
     """
 
     __slots__ = (
-        "_breaking", "_deadline", "_ended", "_failed", "_finishing", "_progress_at", "_shut", "discarding", "queue",
+        "_breaking", "_deadline", "_ended", "_failed", "_finishing", "_progress_at", "_shut", "_unsent", "discarding",
+        "queue",
     )  # fmt: skip
 
     def __init__(self, connection: PlainConnection, *, now: float) -> None:
@@ -41,7 +43,13 @@ class TargetSide(Side):
         self._breaking = False  # or rather a reset
         self._shut = False  # it has got it
         self._progress_at = now
-        self._deadline: float | None = None
+        self._deadline = now  # of the lingering; moved on while anything is yet to be delivered
+        self._unsent = 0  # what the kernel held at the last sweep
+
+    @property
+    def resettable(self) -> bool:
+        """Whether its connection can be reset: a Unix socket's end always looks like an orderly one."""
+        return self.sock is not None and self.sock.family != _UNIX
 
     def refresh(self, *, may_read: bool) -> None:
         """Ask the reactor for what is wanted."""
@@ -114,21 +122,22 @@ class TargetSide(Side):
             self.finish()
 
     def finish(self, *, reset: bool = False) -> None:
-        """Say EOF once all was delivered, then wait for the target's, LINGER_SECONDS at most.
+        """Say EOF behind the queue. Close at the target's, or LINGER_SECONDS after its kernel acked all.
 
         Args:
-            reset: break off instead, and likewise only once all was delivered.
+            reset: say no EOF, and then reset: the lingering is the target's time to read what a reset may destroy. A
+                Unix socket is told EOF all the same.
         """
-        self._finishing = self.discarding = True
-        self._breaking = self._breaking or reset
+        if not self._finishing:
+            self._finishing = self.discarding = True
+            self._progress_at = self.reactor.now
+        self._breaking = self._breaking or (reset and self.resettable)
         if self.sock is None or self._shut or len(self.queue):
             return
-        if self._breaking:
-            if not sockets.unsent(self.sock):  # a reset destroys what the kernel has yet to send; the sweep asks again
-                self.drop(reset=True)
-            return
-        self._shut = True
         self._deadline = self.reactor.now + limits.LINGER_SECONDS
+        if self._breaking:
+            return  # the sweep goes on
+        self._shut = True
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -169,10 +178,15 @@ class TargetSide(Side):
         """Nobody waits for ever for a target that the client has left."""
         if self.sock is None or not self._finishing:
             return
-        if self._deadline is not None:
-            if now >= self._deadline:
-                self.drop()
-        elif now - self._progress_at > limits.STALLED_SECONDS:
-            self.drop(reset=True)
-        elif self._breaking:
-            self.finish()
+        # To close early can destroy what the kernel has yet to send, also without a reset of ours: a target that says
+        # anything after that draws one. Where it cannot be known what the kernel holds, the lingering has to do.
+        unsent = sockets.unsent(self.sock) or 0
+        if unsent < self._unsent:
+            self._progress_at = now
+        self._unsent = unsent
+        if unsent or len(self.queue):
+            self._deadline = now + limits.LINGER_SECONDS
+            if now - self._progress_at > limits.STALLED_SECONDS:
+                self.drop(reset=not self._shut)
+        elif now >= self._deadline:
+            self.drop(reset=self._breaking)

@@ -81,11 +81,13 @@ class PlainProtocol:
         closing: our Close frame was asked for: no data may follow.
         close_code: of the peer's Close frame (1005: it had none), `None` until that came.
         close_reason: its words.
+        midway: the peer's last message has begun and not ended.
         masks: the payload behind a `header` must be masked with that header's last KEY_BYTES.
     """
 
     __slots__ = (
         "_close", "_decoder", "_keys", "_ping", "_pong", "_text", "close_code", "close_reason", "closing", "masks",
+        "midway",
     )  # fmt: skip
 
     def __init__(self, *, text: bool, keys: MaskKeys | None = None) -> None:
@@ -99,6 +101,7 @@ class PlainProtocol:
         self.closing = False
         self.close_code: int | None = None
         self.close_reason = ""
+        self.midway = False
 
     def receive(self, data: bytes | memoryview) -> Iterator[bytes | memoryview]:
         """Decode what arrived. To be run to its end; then look at `close_code`, and send what `control` has.
@@ -115,8 +118,9 @@ class PlainProtocol:
             ProtocolError: the peer broke RFC 6455, or sent text that is not wanted (1003). All that was right before
                 it was yielded. The caller closes with the error's code.
         """
-        for opcode, payload, _last in self._decoder.feed(data):
+        for opcode, payload, last in self._decoder.feed(data):
             if opcode is Opcode.BINARY or (opcode is Opcode.TEXT and self._text):
+                self.midway = not last
                 if payload:
                     yield payload
             elif opcode is Opcode.TEXT:
