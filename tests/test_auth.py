@@ -125,6 +125,27 @@ class TestLoginUrl:
             url.require_token()
         assert "hunter22" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            ("ws://h/?token=hunter22 x", "ws://h/?***"),
+            ("ws://h/a b?token=hunter22", "ws://h/a b?***"),
+            ("ws://h:x/?token=hunter22", "ws://h:x/?***"),
+            ("ws://h/?token=a@hunter22", "ws://***@***"),
+            ("ws://h?token=hunter22é#sha256=x", "ws://h?***#sha256=x"),
+            ("wss://h/?token=hunter22#sha256=x", "wss://h/?***#sha256=x"),
+            (f"ws://{'h' * 24}.x:y?token=hunter22", "ws://***.x:y?***"),
+            ("ws://a?hunter22@h:x/?token=hunter22", "ws://***@***"),
+            ("ws://?token=hunter22", "ws://?***"),
+        ],
+    )
+    def test_a_mistake_does_not_show_it(self, text: str, shown: str) -> None:
+        with pytest.raises(UsageError) as caught:
+            parse_login_url(text)
+        assert caught.value.text == shown
+        assert 0 <= caught.value.position <= len(shown)
+        assert "hunter22" not in str(caught.value)
+
     def test_authority(self) -> None:
         assert LoginUrl("wss", "::1", 443).authority == "[::1]"
         assert LoginUrl("ws", "h", 443).authority == "h:443"
@@ -169,8 +190,8 @@ class TestLoginUrl:
             ("wss://" + "h" * 43, "the host is missing: this is a token", 6),
             (f"wss://{'A' * 43}@h?q", "a login URL has no query", 11),
             (f"wss://{'A' * 43}@h/p?q", "a login URL has no query", 13),
-            ("wss://h/p?a b", "may not stand in a query: write it as %XX", 11),
-            ("wss://h?é", "may not stand in a query: write it as %XX", 8),
+            ("wss://h/p?a b", "character 2 of the query may not stand there: write it as %XX", 10),
+            ("wss://h?é", "character 1 of the query may not stand there: write it as %XX", 8),
             ("wss://h/a b", "write it as %XX", 9),
             ("wss://h/%zz", "write it as %XX", 8),
             ("wss://h/é", "write it as %XX", 8),

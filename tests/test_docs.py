@@ -7,6 +7,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -14,8 +15,10 @@ import click
 import msgspec
 import pytest
 
-from wstunnel import forwards, limits, liveness, pace, reverse_client, reverse_server
+from wstunnel import forwards, limits, liveness, logs, pace, policy, reverse_client, reverse_server
+from wstunnel.cli import running
 from wstunnel.cli.group import COMMANDS, wstunnel
+from wstunnel.config import ServerConfig
 from wstunnel.dial import _MOST_TELLING
 from wstunnel.endpoints import udp
 from wstunnel.errors import UsageError
@@ -175,6 +178,11 @@ def test_command_line_page_names_every_variable() -> None:
 PLACEHOLDERS = {"%h": "host", "%p": "22", "SHA256": "A" * 43}
 
 
+def filled(words: list[str]) -> list[str]:
+    """A command's arguments, with something in place of what the reader puts in."""
+    return [re.sub("|".join(PLACEHOLDERS), lambda part: PLACEHOLDERS[part[0]], word) for word in words]
+
+
 def shell_lines(text: str) -> Iterator[str]:
     """What a page has its reader type: lines of code blocks behind a prompt, and pieces of code within the text."""
     blocks = "".join(re.findall(r"^```(?:console|bash|text)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
@@ -233,7 +241,7 @@ $ ssh -o ProxyCommand='wstunnel connect %h:%p' host
 def test_commands_in_the_text_are_understood(page: Path) -> None:
     """Each is parsed as the program does it: the flags exist, and their values have the right grammar."""
     for words in commands(page.read_text()):
-        name, *arguments = (re.sub("|".join(PLACEHOLDERS), lambda part: PLACEHOLDERS[part[0]], word) for word in words)
+        name, *arguments = filled(words)
         command = wstunnel.get_command(click.Context(wstunnel), name)
         assert command is not None or name == "--version", f"{page.name}: wstunnel {' '.join(words)}"
         if command is None:
@@ -247,13 +255,59 @@ def test_commands_in_the_text_are_understood(page: Path) -> None:
             pytest.fail(f"{page.name}: wstunnel {' '.join(words)}: {error}")
 
 
+COME_FROM = DOCS / "how-to" / "come-from-another-tool.md"
+
+
 def test_page_for_those_who_come_from_elsewhere_has_a_command_in_each_row() -> None:
-    page = DOCS / "how-to" / "come-from-another-tool.md"
-    tools = re.findall(r"^## From (.+)$", page.read_text(), re.MULTILINE)
+    tools = re.findall(r"^## From (.+)$", COME_FROM.read_text(), re.MULTILINE)
     assert tools == ["ssh", "chisel", "erebe's wstunnel", "frp", "gost", "websockify"]
     for tool in tools:
-        for row in rows(section(page, f"From {tool}")):
+        for row in rows(section(COME_FROM, f"From {tool}")):
             assert "wstunnel " in row[1] or not code(row[1]), row
+
+
+def context(words: list[str]) -> click.Context:
+    """What the program makes of a command's arguments."""
+    name, *arguments = filled(words)
+    command = wstunnel.get_command(click.Context(wstunnel), name)
+    assert command is not None
+    return command.make_context(name, arguments, parent=click.Context(wstunnel, **wstunnel.context_settings))
+
+
+def commands_of_rows(page: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
+    for row in rows(page.read_text()):
+        yield row, list(commands(row[1]))
+
+
+def test_each_server_of_that_page_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As far as a configuration; each endpoint is served as websockify would."""
+    made: list[ServerConfig] = []
+    monkeypatch.setattr(running, "run", lambda role, _codes: made.append(*role.args))
+    monkeypatch.setattr(logs, "configure", lambda **_: None)
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    for row, found in commands_of_rows(COME_FROM):
+        for words in found:
+            if words[0] == "server":
+                made.clear()
+                server = context(words)
+                server.command.invoke(server)
+                [config] = made
+                if config.endpoints:
+                    assert config.endpoint_auth == "none" and config.allow_origins, row
+                    assert config.plain == ("--cert" not in row[0]), row
+                    assert config.plain or config.cert is not None, row
+
+
+def test_what_that_page_has_a_server_allow_lets_its_client_listen() -> None:
+    checked = 0
+    for row, found in commands_of_rows(COME_FROM):
+        shown = [(words[0], context(words).params) for words in found]
+        rules = [rule for name, params in shown if name == "server" for rule in params["allow_listen"]]
+        wanted = [each for name, params in shown if name == "client" for each in params["reverse_forwards"]]
+        if rules and wanted:
+            assert all(policy.may_listen(rules, forward) for forward in chain.from_iterable(wanted)), row
+            checked += 1
+    assert checked >= 5
 
 
 # --- messages -------------------------------------------------------------------------------------------------------

@@ -87,6 +87,21 @@ async def test_one_round_and_then_the_error(servers: Any) -> None:
     assert dialler.url.host == "a"
 
 
+@pytest.mark.parametrize("count", [2, 3])
+async def test_each_servers_reason_is_told_once(
+    servers: Any, lines: LogLines, caplog: pytest.LogCaptureFixture, count: int
+) -> None:
+    caplog.set_level(logging.INFO, logger="wstunnel")
+    for server in servers:
+        server.error = NetworkError("tcp", f"{server.url.host} is away")
+    dialler = Failover(servers[:count])
+    for _ in range(3):
+        with pytest.raises(NetworkError):
+            await dialler.dial()
+    told = [line["reason"] for line in lines("trying the next server")]
+    assert told == [f"{server.url.host} is away" for server in servers[:count]]
+
+
 async def test_only_the_first_of_many_rounds_is_told(servers: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="wstunnel")
     for server in servers:
@@ -95,13 +110,13 @@ async def test_only_the_first_of_many_rounds_is_told(servers: Any, caplog: pytes
     for _ in range(3):
         with pytest.raises(NetworkError):
             await dialler.dial()
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 3
     servers[0].error = None
     (await dialler.dial())[0].close()
     servers[0].error = AWAY
     servers[1].error = None
     (await dialler.dial())[0].close()
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 4
 
 
 async def test_it_stays_while_a_link_lives(servers: Any) -> None:

@@ -16,17 +16,19 @@ from tests.datagrams import MemoryDatagrams
 from tests.roles import LogLines, World, lines, make_world  # lines and make_world are fixtures
 from tests.test_resumption import left_nothing
 from wstunnel import egress as egress_module
+from wstunnel import flows as flows_module
 from wstunnel import limits, reverse_server
 from wstunnel import server as server_module
 from wstunnel import server_session as server_session_module
 from wstunnel.dial import Begun, _permitted_family
+from wstunnel.egress import REFUSAL_SECONDS
 from wstunnel.endpoints.listeners import Bound
 from wstunnel.endpoints.udp import REFUSED_SECONDS, UdpListener
 from wstunnel.errors import LocalError, StreamError
 from wstunnel.flow import READ_DATAGRAMS, DialledFlow, Flow
-from wstunnel.flows import LOG_LINES
+from wstunnel.flows import LOG_LINES, REFUSAL_LINES
 from wstunnel.forwards import Forward
-from wstunnel.ingress import Wanted
+from wstunnel.ingress import FLOW_TURN, Wanted
 from wstunnel.policy import Policy, parse_rule
 from wstunnel.stream import Stream
 from wstunnel.targets import Target, address_family
@@ -326,6 +328,21 @@ class TestBeforeTheTargetIsThere:
         await it.world.warm()
         assert not it.targets
 
+    async def test_nor_longer_beside_a_stream_that_came_later(self, make: Make, mock_clock: MockClock) -> None:
+        it = make()
+        it.listen()
+        await it.arrive(b"x")
+        mock_clock.jump(limits.OPEN_WAIT_SECONDS / 2)
+        it.world.connect(b"hello")
+        await it.world.settle()
+        assert len(it.world.session.ingress.waiting) == 2
+        mock_clock.jump(limits.OPEN_WAIT_SECONDS / 2)
+        await it.world.settle()
+        assert not it.near and len(it.world.session.ingress.waiting) == 1
+        mock_clock.jump(limits.OPEN_WAIT_SECONDS / 2)
+        await it.world.settle()
+        assert not it.world.session.ingress.waiting and it.world.session.principal.waiting == 0
+
     async def test_one_that_ended_while_it_waited_is_passed_over(self, make: Make) -> None:
         it = make()
         it.listen()
@@ -488,6 +505,19 @@ class TestEnds:
             egress._note_refusal(address)
         assert list(egress._refusals) == ["10.0.0.1:53", "10.0.0.3:53"]
 
+    async def test_they_are_not_remembered_for_ever(self, make: Make, mock_clock: MockClock) -> None:
+        egress = (await warm(make)).world.server.egress
+        egress._note_refusal("10.0.0.1:53")
+        egress._note_refusal("10.0.0.2:53")
+        mock_clock.jump(REFUSAL_SECONDS / 2)
+        egress._note_refusal("10.0.0.1:53")
+        assert egress._lately_refusing() == ("10.0.0.2:53", "10.0.0.1:53")
+        mock_clock.jump(REFUSAL_SECONDS / 2)
+        assert egress._lately_refusing() == ("10.0.0.1:53",)
+        mock_clock.jump(REFUSAL_SECONDS / 2)
+        assert egress._lately_refusing() == ()
+        assert not egress._refusals
+
     async def test_replies_before_the_refusal_arrive(self, make: Make) -> None:
         it = await warm(make)
         await it.arrive(b"one")
@@ -617,6 +647,25 @@ class TestLimits:
         assert isinstance(second.stream, Flow)
         assert second.stream.peer == "192.0.2.1:0"
 
+    async def test_nor_do_they_wait_behind_streams_for_ever(self, make: Make) -> None:
+        """Every eighth link is for those that wait. One that ended meanwhile uses up no turn."""
+        it = await warm(make, idle_links=FLOW_TURN + 1)
+        ingress = it.world.session.ingress
+        links = list(ingress.idle)
+        ingress.idle.clear()
+        assert len(links) >= FLOW_TURN + 1
+        for port in range(3):
+            it.sock.arrive(b"x", source=("192.0.2.1", port))
+        it.world.client_reactor.turn(it.listener)
+        it.near[0].reset("idle", "nobody waits for it")
+        for _ in range(FLOW_TURN + 2):
+            it.world.connect(b"hello")
+        for link in links:
+            ingress.offer(link)
+        served = [isinstance(link.stream, Flow) for link in links]
+        assert served[: FLOW_TURN + 1] == [False] * (FLOW_TURN - 1) + [True, False]
+        assert it.world.session.principal.waiting == FLOW_TURN + 2 - served.count(False)
+
     async def test_while_they_wait_for_links_nobody_takes_a_place(self, make: Make) -> None:
         it = make()
         it.listen()
@@ -662,17 +711,47 @@ class TestLog:
     async def test_only_so_many_lines_a_second(self, make: Make, lines: LogLines) -> None:
         it = await warm(make)
         it.world.refusal = StreamError("unreachable", "no way")
-        for port in range(LOG_LINES + 20):
+        for port in range(REFUSAL_LINES + 20):
             await it.arrive(b"x", source=("192.0.2.1", port))
         for role, session in (("client", it.world.session), ("server", it.world.far_session)):
-            assert len(lines("flow refused", role)) == LOG_LINES
+            assert len(lines("flow refused", role)) == REFUSAL_LINES
             session.sweep(trio.current_time())
             (line,) = lines("more flows than the log tells of", role)
-            assert line["refused"] == 20
+            assert (line["refused"], line["reasons"], line["last_target"]) == (20, "unreachable 20", TARGET)
+            assert "last_policy" not in line
         await it.arrive(b"x", source=("192.0.2.2", 1))
-        assert len(lines("flow refused", "client")) == LOG_LINES + 1
+        assert len(lines("flow refused", "client")) == REFUSAL_LINES + 1
         it.world.session.sweep(trio.current_time())
         assert len(lines("more flows than the log tells of", "client")) == 1
+
+    async def test_many_that_open_do_not_hide_a_refusal(
+        self, make: Make, lines: LogLines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(flows_module, "LOG_LINES", 2)
+        it = await warm(make)
+        for port in range(4):
+            await it.arrive(b"x", source=("192.0.2.1", port))
+        it.world.refusal = StreamError("unreachable", "no way")
+        await it.arrive(b"x", source=TWO)
+        for role in ("client", "server"):
+            assert [line["detail"] for line in lines("flow refused", role)] == ["no way"]
+        it.world.session.sweep(trio.current_time())
+        (line,) = lines("more flows than the log tells of", "client")
+        assert line["opened"] == 2 and "reasons" not in line
+
+    async def test_refusals_without_a_line_are_counted_by_code_and_the_last_is_told(
+        self, make: Make, lines: LogLines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(flows_module, "REFUSAL_LINES", 1)
+        it = await warm(make)
+        for port, code in enumerate(("refused", "unreachable", "limit", "unreachable", "forbidden")):
+            it.world.refusal = StreamError(code, "no")
+            it.world.refusal.add_note(f"rule {port}")
+            await it.arrive(b"x", source=("192.0.2.1", port))
+        it.world.far_session.sweep(trio.current_time())
+        (line,) = lines("more flows than the log tells of", "server")
+        assert (line["refused"], line["reasons"]) == (4, "forbidden 1, limit 1, unreachable 2")
+        assert (line["last_target"], line["last_policy"]) == (TARGET, "rule 4")
 
     async def test_at_the_end_of_the_session(self, make: Make, lines: LogLines) -> None:
         it = await warm(make)

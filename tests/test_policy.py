@@ -449,6 +449,7 @@ class TestListenRules:
         ("[::1]:8080:web:80", "'[::1]:8080'"),
         ("localhost:8080:web:80", "localhost:8080"),
         ("/run/a b.sock:web:80", "'unix:/run/a b.sock'"),
+        ("/run/a[1]*?.sock:web:80", "'unix:/run/a[[]1][*][?].sock'"),
     ],
 )
 def test_the_rule_that_an_operator_is_told_of_is_one_and_is_enough(spec: str, rule: str) -> None:

@@ -215,7 +215,10 @@ def _login_url(text: str) -> LoginUrl:
         matched = grammar.match(text_of)
         if matched is None or matched.end() != len(text_of):
             wrong = 0 if matched is None else matched.end()
-            raise UsageError(f"this character may not stand in a {name}: write it as %XX", position=begin + wrong)
+            which = "this character may not stand in a path"
+            if name == "query":  # which is not shown: the caret could not tell
+                which = f"character {wrong + 1} of the query may not stand there"
+            raise UsageError(f"{which}: write it as %XX", position=begin + wrong)
     pins = () if hash_at < 0 else _pins(text, hash_at + 1)
     if pins and scheme == "ws":
         raise UsageError("a ws:// URL has no certificate to pin: use wss://, or leave the # part out", position=hash_at)
@@ -343,15 +346,31 @@ def _base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
+def _query_span(text: str, start: int) -> tuple[int, int]:
+    """From where to where the query of a URL reaches, whose host begins at `start`; an empty span if there is none."""
+    end = text.find("#", start)
+    if end < 0:
+        end = len(text)
+    question = text.find("?", start, end)
+    return (end, end) if question < 0 else (question + 1, end)
+
+
 def _masked(text: str, position: int) -> tuple[str, int]:
     """Replace what may be a token by `***`, wherever a slip has put it, and move a position along.
 
-    That is all before the last `@`, and any run long enough to be most of a token. A pin may go too; no harm.
+    That is all before the last `@`, a query, and any run long enough to be most of a token. A pin may go too; no harm.
     """
     start = text.find("://") + 3 if "://" in text else 0
     at = text.rfind("@")
     spans = [(start, at)] if at >= start else []
-    spans += [match.span() for match in _SECRET_LOOKING.finditer(text, max(at + 1, start))]
+    rest = max(at + 1, start)
+    query, end = _query_span(text, start)
+    if query < end and rest < end:
+        query = max(query, rest)  # an @ within it
+        spans += [match.span() for match in _SECRET_LOOKING.finditer(text, rest, query)]
+        spans.append((query, end))
+        rest = end
+    spans += [match.span() for match in _SECRET_LOOKING.finditer(text, rest)]
     parts: list[str] = []
     done = shown = 0
     moved: int | None = None

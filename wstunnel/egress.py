@@ -27,6 +27,9 @@ RESOLVER_THREADS = 8
 REFUSALS = 1024
 """Addresses that are remembered for having refused datagrams."""
 
+REFUSAL_SECONDS = 60.0
+"""How long they are: what listens there again is found at its usual place after that."""
+
 Prelude = Callable[["Stream"], bytes]
 """What the target is sent before the stream's own bytes."""
 
@@ -45,7 +48,8 @@ class Egress:
         self._reactor = reactor
         self._nursery = nursery
         self._limiters: dict[str, trio.CapacityLimiter] = {}
-        self._refusals: OrderedDict[str, None] = OrderedDict()  # addresses, the one that refused last at the end
+        # When addresses refused, in monotonic seconds: the one that did so last at the end.
+        self._refusals: OrderedDict[str, float] = OrderedDict()
 
     def dial(
         self,
@@ -88,7 +92,7 @@ class Egress:
             )
             if target.kind == "udp":
                 stream.when_refused = self._note_refusal  # type: ignore[union-attr]  # a flow, as its target says
-                dial = partial(dial, resolve=partial(_resolve, tuple(self._refusals)))
+                dial = partial(dial, resolve=partial(_resolve, self._lately_refusing()))
             self._nursery.start_soon(self._await_dial, stream, stream.dialling, dial, prelude)
 
     async def _await_dial(
@@ -108,10 +112,16 @@ class Egress:
 
     def _note_refusal(self, address: str) -> None:
         """Datagrams find nobody there: the next flow to the same name goes to another of its addresses."""
-        self._refusals[address] = None
+        self._refusals[address] = self._reactor.now
         self._refusals.move_to_end(address)
         if len(self._refusals) > REFUSALS:
             self._refusals.popitem(last=False)
+
+    def _lately_refusing(self) -> tuple[str, ...]:
+        """Addresses to be tried after others, the one that refused last at the end."""
+        while self._refusals and next(iter(self._refusals.values())) <= self._reactor.now - REFUSAL_SECONDS:
+            self._refusals.popitem(last=False)
+        return tuple(self._refusals)
 
     def _connected(
         self, stream: Stream | DialledFlow, sock: socket.socket, address: str, prelude: Prelude | None

@@ -98,8 +98,9 @@ class Failover:
         self._current = (self._current + 1) % len(self._diallers)
         self._links.clear()
         self._moves += 1
-        # One round says it all. While every server is away there is another one every few seconds.
-        log = _log.info if self._moves < len(self._diallers) else _log.debug
+        # One round says it all, the last server's reason too. While every server is away there is another one every few
+        # seconds.
+        log = _log.info if self._moves <= len(self._diallers) else _log.debug
         log("trying the next server", left=str(left), server=str(self.url), layer=error.layer, reason=str(error))
         return True
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 REFUSED = frozenset({"forbidden", "internal", "limit", "name-not-found", "refused", "timeout", "unreachable"})
 """Codes of flows that the next datagram would not open either."""
 LOG_LINES = 50
-"""About flows, of a session in a second; the rest is only counted. Any datagram may begin one, whoever sent it."""
+"""About flows that open and end, of a session in a second; the rest is only counted. Any datagram may begin one,
+whoever sent it."""
+REFUSAL_LINES = 50
+"""As LOG_LINES, about flows that were refused: many that fare well must not hide why one does not."""
 
 
 class Flows:
@@ -46,8 +49,10 @@ class Flows:
         self._session = session
         self._bind_of = bind_of
         self._flows: OrderedDict[str, Flow] = OrderedDict()  # the one that was idle longest first
-        self._lines = 0  # since the last sweep
+        self._lines = {False: 0, True: 0}  # since the last sweep; apart: about refusals
         self._untold: dict[str, int] = {}  # what was not logged since then, and how often
+        self._untold_codes: dict[str, int] = {}  # of the refusals among it
+        self._untold_refusal: dict[str, object] = {}  # the last of them
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -83,17 +88,26 @@ class Flows:
 
     def opened(self, flow: Flow) -> None:
         """The target's socket is there."""
-        if self._may_tell("opened"):
+        if self._may_tell():
             self._log.info("flow opened", **self._describe(flow, address=flow.address))
+        else:
+            self._count("opened")
 
     def ended(self, flow: Flow) -> None:
         """The flow is over."""
         del self._flows[flow.state.id]
         self._principal.streams -= 1
         self._principal.accepted -= not flow.state.egress
-        if not self._may_tell("ended" if flow.state.opened else "refused"):
-            return
         code, message = flow.outcome or ("internal", "")
+        refused = not flow.state.opened
+        if not self._may_tell(refusal=refused):
+            self._count("refused" if refused else "ended")
+            if refused:
+                self._untold_codes[code] = self._untold_codes.get(code, 0) + 1
+                self._untold_refusal = logs.whither(flow.target, flow.bind)
+                if flow.note:
+                    self._untold_refusal["policy"] = flow.note
+            return
         fields = self._describe(
             flow,
             sent=flow.state.sent, received=flow.state.received, dropped=flow.lost(),
@@ -103,25 +117,34 @@ class Flows:
             fields["detail"] = message
         if flow.note:
             fields["policy"] = flow.note
-        if flow.state.opened:
-            self._log.info("flow ended", **fields)
-        else:
+        if refused:
             self._log.warning("flow refused", **fields)
+        else:
+            self._log.info("flow ended", **fields)
 
-    def _may_tell(self, what: str) -> bool:
-        """Whether there may be a line about it."""
-        if self._lines >= LOG_LINES:
-            self._untold[what] = self._untold.get(what, 0) + 1
+    def _may_tell(self, *, refusal: bool = False) -> bool:
+        """Whether there may be a line about it, which then counts."""
+        if self._lines[refusal] >= (REFUSAL_LINES if refusal else LOG_LINES):
             return False
-        self._lines += 1
+        self._lines[refusal] += 1
         return True
 
+    def _count(self, what: str) -> None:
+        """It has no line of its own."""
+        self._untold[what] = self._untold.get(what, 0) + 1
+
     def _tell_rest(self) -> None:
-        """In one line what had none of its own."""
-        untold, self._untold, self._lines = self._untold, {}, 0
-        if untold:
-            say = self._log.warning if "refused" in untold else self._log.info
-            say("more flows than the log tells of", **untold, principal=self._principal.name, session=self._session)
+        """In one line what had none of its own, and of the refusals among it how many had which code."""
+        untold, self._untold, self._lines = self._untold, {}, {False: 0, True: 0}
+        codes, self._untold_codes = self._untold_codes, {}
+        if not untold:
+            return
+        fields: dict[str, object] = dict(untold)
+        if codes:
+            fields["reasons"] = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
+            fields |= {f"last_{name}": value for name, value in self._untold_refusal.items()}
+        say = self._log.warning if codes else self._log.info
+        say("more flows than the log tells of", **fields, principal=self._principal.name, session=self._session)
 
     def _describe(self, flow: Flow, **fields: object) -> dict[str, object]:
         whose: dict[str, object] = {

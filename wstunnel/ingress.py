@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -27,6 +27,9 @@ from wstunnel.wire.states import Exchange
 if TYPE_CHECKING:
     from wstunnel.session import Session
 
+FLOW_TURN = 8
+"""Of so many links that something waits for, one goes to a flow if any waits: any sender of datagrams can have a
+thousand flows wait, which must not keep streams out, and many streams must not keep all flows out."""
 READY = frozenset({Exchange.NEW, Exchange.IDLE})
 """States of a link that can take a stream."""
 
@@ -64,6 +67,56 @@ class Wanted:
     holder: Ingress | None = None
 
 
+class Waiting:
+    """What waits for a link: streams and flows apart, those that came first in front."""
+
+    def __init__(self) -> None:
+        self._streams: deque[Wanted] = deque()
+        self._flows: deque[Wanted] = deque()
+        self._passed = 0  # streams that went before waiting flows, since the last flow went
+
+    def __len__(self) -> int:
+        return len(self._streams) + len(self._flows)
+
+    def __iter__(self) -> Iterator[Wanted]:
+        yield from self._streams
+        yield from self._flows
+
+    def __contains__(self, wanted: Wanted) -> bool:
+        return wanted in self._kind(wanted)
+
+    def _kind(self, wanted: Wanted) -> deque[Wanted]:
+        return self._streams if wanted.flow is None else self._flows
+
+    def append(self, wanted: Wanted) -> None:
+        """It came last. Its deadline is not before that of any other."""
+        self._kind(wanted).append(wanted)
+
+    def remove(self, wanted: Wanted) -> None:
+        """It waits no more."""
+        self._kind(wanted).remove(wanted)  # looked for from the front, where it mostly is
+
+    def first(self) -> Wanted:
+        """Whose deadline is next. Something waits."""
+        heads = [queue[0] for queue in (self._streams, self._flows) if queue]
+        return min(heads, key=lambda wanted: wanted.deadline)
+
+    def flows(self) -> list[Wanted]:
+        """The flows that wait."""
+        return list(self._flows)
+
+    def take(self) -> Wanted | None:
+        """What is served next; it waits no more. None if nothing is left, less flows that ended while they waited."""
+        flows = self._flows
+        while flows and (flow := flows[0].flow) is not None and flow.outcome is not None:
+            flows.popleft()
+        if self._streams and not (flows and self._passed >= FLOW_TURN - 1):
+            self._passed = self._passed + 1 if flows else 0
+            return self._streams.popleft()
+        self._passed = 0
+        return flows.popleft() if flows else None
+
+
 Way = Callable[[], "tuple[Ingress, str]"]
 """What opens streams now, and for which forward on reverse links; a StreamError if nothing does any more."""
 
@@ -96,7 +149,7 @@ class Ingress:
     Attributes:
         demand: how many idle links are wanted.
         idle: links that are ready, the one that was used last behind all others.
-        waiting: streams that no link was there for.
+        waiting: streams and flows that no link was there for.
         reopening: streams that the peer was never asked for, though their link is gone.
         flows_refused: why no datagram flow can be opened; empty if they can.
     """
@@ -104,7 +157,7 @@ class Ingress:
     def __init__(self, session: Session, owner: IngressOwner, *, least: int) -> None:
         self.demand = Demand(least)
         self.idle: dict[Link, None] = {}
-        self.waiting: deque[Wanted] = deque()
+        self.waiting = Waiting()
         self.reopening: dict[Stream, None] = {}
         self.flows_refused = ""
         self._session = session
@@ -155,7 +208,7 @@ class Ingress:
         """The other end can carry no datagrams: those that wait end. Empty: it can."""
         self.flows_refused = why
         if why:
-            for wanted in [wanted for wanted in self.waiting if wanted.flow is not None]:
+            for wanted in self.waiting.flows():
                 self._no_more(wanted)
                 self._drop(wanted, "forbidden", why)
 
@@ -205,7 +258,7 @@ class Ingress:
 
     def _no_more(self, wanted: Wanted) -> None:
         """It waits here no more."""
-        self.waiting.remove(wanted)  # looked for from the front, where it mostly is
+        self.waiting.remove(wanted)
         self._session.principal.waiting -= wanted.flow is None
 
     def offer(self, link: Link) -> bool:
@@ -217,11 +270,9 @@ class Ingress:
                 self._owner.begin(stream, link)
                 self._session.reactor.later(link.flush)
                 return True
-        while self.waiting:
-            wanted = self._next()
-            self._no_more(wanted)
-            if wanted.flow is not None and wanted.flow.outcome is not None:
-                continue
+        wanted = self.waiting.take()
+        if wanted is not None:
+            self._session.principal.waiting -= wanted.flow is None
             opened = self._open(link, wanted)
             # Not now: `link` may be in the middle of a read. One that has yet to start sends it then.
             if opened is None:
@@ -233,14 +284,6 @@ class Ingress:
             return True
         self.idle[link] = None
         return False
-
-    def _next(self) -> Wanted:
-        """What is served first of what waits: streams, since any sender of datagrams can have a thousand flows wait."""
-        if self._session.principal.waiting:  # flows do not count in it
-            for wanted in self.waiting:
-                if wanted.flow is None:
-                    return wanted
-        return self.waiting[0]
 
     def _take_idle(self) -> Link | None:
         """The link that was used last. Those in their closing handshake are passed over: `lost` comes only after it."""
@@ -299,16 +342,15 @@ class Ingress:
     def _expire_later(self) -> None:
         if self.waiting and not self._expiring:
             self._expiring = True
-            self._session.reactor.at(self.waiting[0].deadline, self._expire)
+            self._session.reactor.at(self.waiting.first().deadline, self._expire)
 
     def _expire(self) -> None:
         """Drop what no link came for."""
         self._expiring = False
         now = self._session.reactor.now
-        while self.waiting and self.waiting[0].deadline <= now:
+        while self.waiting and (wanted := self.waiting.first()).deadline <= now:
             trouble = self._owner.trouble
             why = f": {trouble}" if trouble else ""
-            wanted = self.waiting[0]
             self._no_more(wanted)
             self._drop(wanted, "unreachable", f"no link to the other end in time{why}")
         self._expire_later()
@@ -321,7 +363,7 @@ class Ingress:
         self.flows_refused = "it is stopping"
         self.idle.clear()
         while self.waiting:
-            wanted = self.waiting[0]
+            wanted = self.waiting.first()
             self._no_more(wanted)
             self._drop(wanted, "shutdown", "it is stopping", quiet=True)
 

@@ -138,6 +138,11 @@ def _glob_matches(glob: str, path: str) -> bool:
     return len(globs) == len(segments) and all(map(fnmatchcase, segments, globs))
 
 
+def _glob_of(path: str) -> str:
+    """The glob that fits this path and no other."""
+    return re.sub(r"([*?[])", r"[\1]", path)
+
+
 def parse_rule(text: str) -> Rule:
     """Read one RULE of `--allow`.
 
@@ -208,7 +213,7 @@ def _parse_network(part: Part) -> IPv4Network | IPv6Network:
 def exactly(target: Target) -> Rule:
     """A rule for this very target and nothing else, for what a user named at this end."""
     if target.kind == "unix":
-        return Rule(("unix",), "path", host=re.sub(r"([*?[])", r"[\1]", target.path))
+        return Rule(("unix",), "path", host=_glob_of(target.path))
     family = address_family(target.host)
     network = None if family is None else ip_network(unmapped(ip_address(target.host)))
     name = "" if network else target.host.removesuffix(".")
@@ -378,7 +383,7 @@ def may_listen(rules: Sequence[ListenRule], forward: Forward) -> bool:
 def listen_rule_for(forward: Forward) -> str:
     """The narrowest `--allow-listen` rule that lets a client have this place, as one types it in a shell."""
     if forward.path:
-        return shlex.quote(f"unix:{forward.path}")
+        return shlex.quote(f"unix:{_glob_of(forward.path)}")
     port = str(forward.port or "*")  # whatever port the server picks
     return shlex.quote(join_host_port(forward.bind, port))
 

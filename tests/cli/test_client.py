@@ -391,6 +391,29 @@ class TestWayOut:
         assert "the proxy's password is among this command's arguments" in result.stderr
         assert "hunter2" not in result.stderr
 
+    def test_a_query_among_the_arguments_is_warned_about(
+        self, invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        url = "wss://tunnel.example.org/?token=hunter22"
+        raw = ("client", "-L", "5432:ws-raw")
+        result = invoke(*raw, url)
+        assert (result.exit_code, result.stderr.count("\n")) == (0, 1)
+        assert "the URL's query, which may be a secret, is among this command's arguments" in result.stderr
+        assert "hunter22" not in result.stderr
+        assert invoke(*raw, "wss://tunnel.example.org/").stderr == ""
+        monkeypatch.setenv("WSTUNNEL_URL", url)
+        result = invoke(*raw)
+        assert (result.exit_code, result.stderr) == (0, "")
+
+    @pytest.mark.parametrize("name", ["Authorization", "cookie", "Proxy-Authorization"])
+    def test_a_header_with_a_secret_is_warned_about(self, invoke: Invoke, captured: Captured, name: str) -> None:
+        raw = ("client", "-L", "5432:ws-raw", "wss://tunnel.example.org/")
+        result = invoke(*raw, "--header", f"{name}: Basic hunter22")
+        assert (result.exit_code, result.stderr.count("\n")) == (0, 1)
+        assert "a secret is among this command's arguments" in result.stderr
+        assert f"header={name}" in result.stderr and "hunter22" not in result.stderr
+        assert invoke(*raw, "--header", "X-Gate: open").stderr == ""
+
     def test_several_servers(self, invoke: Invoke, captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
         config = self.config(invoke, captured, URL, self.OTHER)
         assert [url.host.partition(".")[0] for url in (config.url, *config.fallbacks)] == ["tunnel", "other"]

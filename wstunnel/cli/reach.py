@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from wstunnel.config import ClientConfig
     from wstunnel.upstream import Proxies
 
+_SECRET_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
+
 
 def flags(command: options.Command) -> options.Command:
     """Add `--profile`, `--ca`, `--pin` and the flags of `options.way_out`: what `configure` takes by these names."""
@@ -61,7 +63,7 @@ def configure(
     Raises:
         UsageError: there is no URL, one has no token and needs one, or a flag could not do what it promises.
     """
-    from wstunnel import logs, profiles
+    from wstunnel import profiles
     from wstunnel.config import ClientConfig, needs_tunnel
 
     login_urls = profiles.client_urls(urls, os.environ, profile)
@@ -73,11 +75,7 @@ def configure(
         proxy = ways.choose(login_url)
         _check_trust(login_url, ca, pins, server_name, secure_proxy=proxy is not None and proxy.scheme == "https")
     _check_headers(headers, bearer=tunnelled or any(login_url.token is not None for login_url in login_urls))
-    if urls and any(login_url.token is not None for login_url in login_urls):
-        logs.logger("cli").warning(
-            "the token is among this command's arguments, where every user of this machine can read it:"
-            " keep the URL with `wstunnel login`, or set WSTUNNEL_URL"
-        )
+    _warn_of_arguments(login_urls if urls else (), headers)
     return ClientConfig(
         url=login_urls[0],
         fallbacks=login_urls[1:],
@@ -103,6 +101,29 @@ def _ways(urls: tuple[LoginUrl, ...], given: Proxies | None) -> Proxies:
             " set HTTPS_PROXY instead"
         )
     return given
+
+
+def _warn_of_arguments(urls: tuple[LoginUrl, ...], headers: tuple[tuple[str, str], ...]) -> None:
+    """Say which secrets the process list shows. `urls` are those that stand among the arguments."""
+    from wstunnel import logs
+
+    log = logs.logger("cli")
+    if any(url.token is not None for url in urls):
+        log.warning(
+            "the token is among this command's arguments, where every user of this machine can read it:"
+            " keep the URL with `wstunnel login`, or set WSTUNNEL_URL"
+        )
+    if any(url.query for url in urls):
+        log.warning(
+            "the URL's query, which may be a secret, is among this command's arguments, where every user of this"
+            " machine can read it: set WSTUNNEL_URL"
+        )
+    for name, _ in headers:
+        if name.lower() in _SECRET_HEADERS:
+            log.warning(
+                "a secret is among this command's arguments, where every user of this machine can read it",
+                header=name,
+            )
 
 
 def _check_headers(headers: tuple[tuple[str, str], ...], *, bearer: bool) -> None:
