@@ -283,14 +283,7 @@ class TestEnds:
         wire.state.outbound.end()
         close_write(application)
         wire.run()
-        assert stream.outcome is None
-        wire.state.inbound.taken(10)
-        wire.state.inbound.end_delivered()
-        wire.state.ack_wanted = True
-        wire.run()
-        assert wire.data() == b"last words"
-        assert stream.outcome == ("reset", "connection reset")
-        assert wire.got[-1] == Reset(n=1, code="reset", message="connection reset")
+        takes_all_and_is_told_of_the_reset(wire, stream, b"last words")
 
     def test_the_application_resets(self):
         wire = Wire()
@@ -421,6 +414,18 @@ class TestEnds:
         wire.open(2)
 
 
+def takes_all_and_is_told_of_the_reset(wire, stream, data):
+    """The peer, which had not read yet, takes what the application sent and its end; the reset comes only then."""
+    assert stream.outcome is None
+    wire.state.inbound.taken(len(data))
+    wire.state.inbound.end_delivered()
+    wire.state.ack_wanted = True
+    wire.run()
+    assert wire.data() == data
+    assert stream.outcome == ("reset", "connection reset")
+    assert wire.got[-1] == Reset(n=1, code="reset", message="connection reset")
+
+
 def failing(number: int):
     def fail(how: int) -> None:
         raise OSError(number, "failed")
@@ -477,14 +482,7 @@ class TestFailedWrites:
             wire.run()
             wire.link.sweep(wire.reactor.now + 1.0)
             wire.run()
-        assert stream.outcome is None
-        wire.state.inbound.taken(5)
-        wire.state.inbound.end_delivered()
-        wire.state.ack_wanted = True
-        wire.run()
-        assert wire.data() == b"reply"
-        assert stream.outcome == ("reset", "connection reset")
-        assert wire.got[-1] == Reset(n=1, code="reset", message="connection reset")
+        takes_all_and_is_told_of_the_reset(wire, stream, b"reply")
 
     def test_a_read_that_fails_afterwards_is_the_end_of_it(self):
         wire = Wire()

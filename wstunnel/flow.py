@@ -66,6 +66,7 @@ class Flow(Handler):
         active: when a datagram last came or went, in monotonic seconds.
         dropped: datagrams that its socket did not take.
         when_ending: called once, when it takes no more datagrams: perhaps the peer has yet to answer its reset.
+        bind: at the server, where the datagrams of a reverse forward are accepted; else empty.
         address: what the egress sends to, once it is known.
         application: at the egress, the application's address as the peer claims it.
         boot: at the client, of the server that was asked for it. As `proof_after`, it is of use to streams only.

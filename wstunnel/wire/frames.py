@@ -149,8 +149,7 @@ def encode_data(payload: Bytes, key: bytes | None) -> bytes:
     """As `encode_frame(Opcode.BINARY, payload, key=key)`, faster if there are fewer than 126 bytes."""
     size = len(payload)
     if size >= _LENGTH_16:
-        header = encode_header(_BINARY, size, key=key)
-        return header + (payload if key is None else apply_mask(payload, key))
+        return encode_frame(_BINARY, payload, key=key)
     if key is None:
         return _SHORT_CLEAR[size] + payload
     return _SHORT_MASKED[size] + key + apply_mask(payload, key)

@@ -419,7 +419,7 @@ class LinkProtocol:
         ):
             return None
         self.expecting = True
-        return encode_data(data, None if self._keys is None else self._keys.next())
+        return encode_data(data, self._key())
 
     def send(self, message: Message) -> None:
         """Queue a control message. It overtakes stream data. After a close frame it is dropped.
